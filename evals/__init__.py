@@ -1,0 +1,1 @@
+"""Measurement of quality and speed, and the gate that judges them."""

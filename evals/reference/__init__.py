@@ -1,0 +1,1 @@
+"""The embedded reference model, its training script and its held-out data."""

@@ -1,0 +1,1 @@
+"""lm-eval tasks built from the held-out modules."""
