@@ -25,10 +25,10 @@ _EXPORTS = {
     "optimize": "optimizer.api",
 }
 
-# The layers stand beside this folder in a checkout and inside it when installed.
-_checkout = Path(__file__).resolve().parents[1]
-if (_checkout / "pyproject.toml").is_file():
-    __path__.append(str(_checkout))
+# In a checkout the layers stand beside this folder, and a file added since an editable install is found here too.
+_here = Path(__file__).resolve().parent
+if (_here.parent / "pyproject.toml").is_file():
+    __path__[:] = [str(_here), str(_here.parent)]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,61 @@
+"""Linear layer with 4-bit weights in groups and 16- or 32-bit activations.
+
+`y = x Ŵᵀ + b`, `Ŵ[n, k] = (q[n, k] - zero[n, g]) * scale[n, g]`, `g = k // group`.
+
+    x      [..., K] float32, bfloat16 or float16
+    data   [N, K / 2] uint8: blocks of 32 weights are 16 bytes, byte i holding weight i (low) and i + 16 (high),
+           each stored as q + 8
+    scale  [N, G] float32;  zero [N, G] float32 in units of q, absent when symmetric
+    bias   [N], the activation type
+
+K and the group are multiples of 32. Accumulates in float32 and rounds once. Moves at least N K / 2 + 4 N G bytes
+of weights. On a CPU (`cpu.cpp`): fewer than 16 rows run as a GEMV that decodes weights in registers, more decode
+the weight once and call sgemm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optimizer.backends.kernels.library import define
+
+BLOCK = 32
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """`q [N, K]` int8 in -8..7 to `data [N, K / 2]` uint8 in block order."""
+    rows, k = q.shape
+    pairs = (q + 8).to(torch.uint8).view(rows, k // BLOCK, 2, BLOCK // 2)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(rows, k // 2)
+
+
+def unpack_int4(data: Tensor) -> Tensor:
+    """The inverse of `pack_int4`: `[N, K / 2]` uint8 to `[N, K]` int8."""
+    rows, half = data.shape
+    blocks = data.view(rows, half * 2 // BLOCK, 1, BLOCK // 2)
+    return (torch.cat([blocks & 15, blocks >> 4], dim=2).to(torch.int8) - 8).reshape(rows, half * 2)
+
+
+def w4a16_linear_ref(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The specification: decode to float32, multiply, round once to the type of `x`."""
+    return _dequantized_linear(x, unpack_int4(data), scale, zero, bias)
+
+
+def _dequantized_linear(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    rows, k = q.shape
+    weight = q.float().view(rows, scale.shape[1], -1)
+    if zero is not None:
+        weight = weight - zero.unsqueeze(-1)
+    weight = (weight * scale.unsqueeze(-1)).view(rows, k)
+    out = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+    return out.to(x.dtype)
+
+
+def _fake(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], data.shape[0]))
+
+
+w4a16_linear = define(
+    "w4a16_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor", w4a16_linear_ref, _fake
+)

@@ -1,0 +1,29 @@
+"""Linear layer with 8-bit weights and 16- or 32-bit activations.
+
+`y = x Ŵᵀ + b`, `Ŵ[n, k] = (q[n, k] - zero[n, g]) * scale[n, g]`, `g = k // group`.
+
+    x      [..., K] float32, bfloat16 or float16
+    data   [N, K] int8
+    scale  [N, G] float32;  zero [N, G] float32 in units of q, absent when symmetric
+    bias   [N], the activation type
+
+K and the group are multiples of 32 for the compiled kernel; the reference takes any. Accumulates in float32 and
+rounds once. Moves at least N K + 4 N G bytes of weights.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from optimizer.backends.kernels.library import define
+from optimizer.backends.kernels.w4a16_linear import _dequantized_linear, _fake
+
+
+def w8a16_linear_ref(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The specification: decode to float32, multiply, round once to the type of `x`."""
+    return _dequantized_linear(x, data, scale, zero, bias)
+
+
+w8a16_linear = define(
+    "w8a16_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor", w8a16_linear_ref, _fake
+)

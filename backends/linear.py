@@ -1,0 +1,203 @@
+"""Linear modules that run on our ops: quantized, merged, and dense bfloat16 for processors without bfloat16 GEMM.
+
+Each takes the place of an `nn.Linear` under the same name. `weight_bytes` is what a forward pass must read, scales
+and zero points included; `kernel` names what runs it. Passes build these; the artifact writer reads them back
+through `stored_weight`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from optimizer.backends.kernels.bf16_linear import bf16_linear
+from optimizer.backends.kernels.build import cpu_kernels
+from optimizer.backends.kernels.w4a16_linear import BLOCK, pack_int4, unpack_int4, w4a16_linear
+from optimizer.backends.kernels.w8a16_linear import w8a16_linear, w8a16_linear_ref
+from optimizer.errors import UsageError
+from optimizer.quant.formats import Format
+from optimizer.quant.rtn import QuantizedWeight
+
+
+def kernel_name(op: str, device: torch.device, *, compiled: bool = True) -> str:
+    """`op` with what implements it on `device`: the compiled CPU kernel and its ISA, or the reference."""
+    if device.type == "cpu" and compiled and cpu_kernels().loaded:
+        return f"{op}[{cpu_kernels().isa.lower()}]"
+    return f"{op}[reference]"
+
+
+class QuantizedLinear(nn.Module):
+    """`y = x Ŵᵀ + b` with an integer weight `[N, K]`; activations keep their type (W4A16, W8A16)."""
+
+    data: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.q.shape
+        self.format: Format = weight.format
+        self.scale_dtype = weight.scale.dtype
+        group = self.in_features // weight.scale.shape[1]
+        self.blocked = group % BLOCK == 0
+        packed = self.format.bits == 4 and self.blocked
+        self.register_buffer("data", pack_int4(weight.q) if packed else weight.q.contiguous())
+        self.register_buffer("scale", weight.scale.float().contiguous())
+        self.register_buffer("zero", None if weight.zero is None else weight.zero.float().contiguous())
+        self.register_buffer("bias", bias)
+        if not self.blocked:
+            self.op = w8a16_linear_ref
+        else:
+            self.op = w4a16_linear if packed else w8a16_linear
+        name = f"w{self.format.bits}a16_linear"
+        self.kernel = kernel_name(name, self.data.device, compiled=self.blocked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., K]` to `[..., N]`, rounded once to the type of `x`."""
+        return self.op(x, self.data, self.scale, self.zero, self.bias)  # type: ignore[no-any-return]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of integers, scales and zero points that one forward reads."""
+        return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.zero) if t is not None)
+
+    def stored_weight(self) -> QuantizedWeight:
+        """The weight as the quantizer made it, exactly."""
+        q = unpack_int4(self.data) if self.data.dtype == torch.uint8 else self.data
+        zero = None if self.zero is None else self.zero.to(torch.int8)
+        return QuantizedWeight(q, self.scale.to(self.scale_dtype), zero, self.format)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.format.name}, {self.kernel}"
+
+
+class DenseLinear(nn.Module):
+    """An `nn.Linear` in bfloat16 run by `optimizer::bf16_linear`; shares the weight it is given."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.kernel = kernel_name("bf16_linear", self.weight.device)
+
+    @staticmethod
+    def suits(linear: nn.Linear) -> bool:
+        """Whether this kernel takes the layer and the processor has nothing better."""
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        weight = linear.weight
+        fits = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % BLOCK == 0
+        return bool(fits and weight.is_contiguous() and not native and cpu_kernels().loaded)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., K]` to `[..., N]`."""
+        return bf16_linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights one forward reads."""
+        return self.weight.numel() * self.weight.element_size()
+
+    def stored_weight(self) -> Tensor:
+        """The weight `[N, K]`."""
+        return self.weight
+
+
+class MergedLinear(nn.Module):
+    """One linear whose output rows belong to several layers that read the same input (Q, K, V; gate, up).
+
+    The layers' places in the model are taken by `MergedSlice` modules. The first to see an input runs the whole
+    product, the others take their rows of it, so the model's own forward stays as it is. A slice called with some
+    other input simply runs again: sharing is an optimization and never an assumption. The last slice drops the
+    activation, so nothing outlives the layer.
+    """
+
+    def __init__(self, linear: nn.Module, sizes: list[int]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.bounds = [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+        self.input: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Rows `bounds[index]` of the product with `x [..., K]`."""
+        if self.input is not x or self.output is None:
+            self.input, self.output = x, self.linear(x)
+        start, stop = self.bounds[index]
+        out = self.output[..., start:stop]
+        if index == len(self.bounds) - 1:
+            self.input = self.output = None
+        return out
+
+
+class MergedSlice(nn.Module):
+    """The place of one layer whose rows live in a `MergedLinear`."""
+
+    def __init__(self, group: MergedLinear, index: int) -> None:
+        super().__init__()
+        self.group, self.index = group, index
+        start, stop = group.bounds[index]
+        self.in_features, self.out_features = int(group.linear.in_features), stop - start  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., K]` to this layer's `[..., N]`."""
+        return self.group.part(x, self.index)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First and last output row in the merged weight."""
+        return self.group.bounds[self.index]
+
+    @property
+    def kernel(self) -> str:
+        """What runs the merged product."""
+        return layer_kernel(self.group.linear)
+
+    def stored_weight(self) -> QuantizedWeight | Tensor:
+        """This layer's own rows."""
+        start, stop = self.bounds
+        weight = stored_weight(self.group.linear)
+        return weight.rows(start, stop) if isinstance(weight, QuantizedWeight) else weight[start:stop]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """This layer's own bias."""
+        start, stop = self.bounds
+        bias = self.group.linear.bias
+        return None if bias is None else bias[start:stop]  # type: ignore[index, return-value]
+
+
+LINEARS = (nn.Linear, QuantizedLinear, DenseLinear, MergedSlice)
+"""Modules that stand where the model's author put a linear layer."""
+
+
+def stored_weight(module: nn.Module) -> QuantizedWeight | Tensor:
+    """The weight of a linear layer as it belongs in a checkpoint."""
+    if isinstance(module, nn.Linear):
+        return module.weight
+    if isinstance(module, QuantizedLinear | DenseLinear | MergedSlice):
+        return module.stored_weight()
+    raise UsageError(f"{type(module).__name__} is not a linear layer.")
+
+
+def layer_kernel(module: nn.Module) -> str:
+    """The kernel that runs a linear layer: ours by name, or ATen's."""
+    return str(getattr(module, "kernel", "aten::linear"))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by the name it has in the checkpoint, in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LINEARS) and ".group." not in f".{name}."
+    }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights a model holds, each shared tensor counted once (a tied head is its embedding)."""
+    seen = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()) if t.numel()}
+    return sum(seen.values())

@@ -1,0 +1,399 @@
+"""Runners: the Hugging Face model as its users run it, and the same forward compiled over a static cache.
+
+Both give float32 logits for the same tokens and satisfy the `Runner` protocol of the measuring side, so they are
+timed by one clock and judged on one set of items. Tokens are int64 and left-padded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimizer.backends.kv_cache import StaticKeyValueCache
+from optimizer.backends.linear import layer_kernel, linear_layers, weight_bytes
+from optimizer.backends.sampling import Sampling, sample
+from optimizer.errors import UsageError
+
+OnToken = Callable[[Tensor], None]
+
+
+@dataclass
+class Ledger:
+    """What really ran: steps by how they were executed, and the kernel of every linear layer."""
+
+    steps: Counter[str] = field(default_factory=Counter)
+    kernels: dict[str, str] = field(default_factory=dict)
+    compile_seconds: float = 0.0
+
+    def kernel_counts(self) -> dict[str, int]:
+        """Layers by kernel."""
+        return dict(Counter(self.kernels.values()).most_common())
+
+
+class BaseRunner:
+    """Input checks, generation and text handling; subclasses say how a prompt and a step are run."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, max_context: int | None = None) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.config: Any = model.config
+        self.device = next(model.parameters()).device
+        self.vocab_size = int(self.config.get_text_config().vocab_size)
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.max_context = min(max_context or limit or 2**31, limit or 2**31)
+        self.ledger = Ledger(kernels={name: layer_kernel(module) for name, module in linear_layers(model).items()})
+        self._weight_bytes = weight_bytes(model)
+        self._context = 0
+
+    def reset(self, batch: int) -> None:
+        """Empty the cache; the next call must be `prefill` with `batch` rows."""
+        if batch < 1:
+            raise UsageError(f"Invalid batch {batch}. A batch has at least one row.")
+        self._batch, self._context = batch, 0
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None = None, *, all_logits: bool = False) -> Tensor:
+        """Run the prompt `[B, S]`; logits `[B, V]`, or `[B, S, V]` with `all_logits`, in float32."""
+        tokens, mask = self._checked(tokens, mask)
+        self.reset(tokens.shape[0])
+        self._context = tokens.shape[1]
+        self.ledger.steps["prefill"] += 1
+        with torch.no_grad():
+            return self._prefill(tokens, mask, all_logits)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Append `tokens [B]` to the rows; logits `[B, V]` in float32."""
+        if self._context == 0:
+            raise UsageError("decode was called before prefill. Run the prompt first.")
+        if tokens.shape != (self._batch,):
+            raise UsageError(f"decode takes one token a row: [{self._batch}], got {list(tokens.shape)}.")
+        if self._context >= self.max_context:
+            raise UsageError(f"the context is full at {self.max_context} tokens. Give the runner a larger max_context.")
+        self._context += 1
+        with torch.no_grad():
+            return self._decode(tokens.to(self.device))
+
+    def generate(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | list[int] | None = None,
+        seed: int | None = None,
+        on_token: OnToken | None = None,
+    ) -> Tensor:
+        """Continue the prompts `[B, S]` by at most `max_new_tokens`; returns `[B, S + new]`.
+
+        Greedy unless `temperature` is positive; draws come from a generator of their own, seeded by `seed`. A row
+        that has produced an end token is filled up with it, and generation ends when all rows have. `on_token`
+        receives each new `[B]` as it is made.
+        """
+        tokens, mask = self._checked(tokens, mask)
+        sampling = Sampling(temperature, top_k, top_p)
+        self._check_room(tokens.shape[1], max_new_tokens)
+        generator = None
+        if temperature > 0:
+            generator = torch.Generator(self.device)
+            generator.manual_seed(seed) if seed is not None else generator.seed()
+        ends = torch.tensor(_as_list(eos_token_id), dtype=torch.long, device=self.device)
+        done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=self.device)
+        produced: list[Tensor] = []
+        logits = self.prefill(tokens, mask)
+        while True:
+            new = sample(logits, sampling, generator)
+            if ends.numel():
+                new = torch.where(done, ends[0], new)
+                done |= torch.isin(new, ends)
+            produced.append(new)
+            if on_token is not None:
+                on_token(new)
+            if len(produced) == max_new_tokens or (ends.numel() and bool(done.all())):
+                return torch.cat([tokens, torch.stack(produced, 1)], 1)
+            logits = self.decode(new)
+
+    def generate_text(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
+        """Continue texts, and return the continuations alone. Takes the options of `generate`."""
+        if self.tokenizer is None:
+            raise UsageError("this runner has no tokenizer. Pass one to `optimize`, or call `generate` with token ids.")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = [self.tokenizer(text)["input_ids"] for text in texts]
+        tokens, mask = left_pad(rows, self.tokenizer.pad_token_id or 0)
+        options.setdefault("eos_token_id", self.tokenizer.eos_token_id)
+        out = self.generate(tokens, mask, **options)[:, tokens.shape[1] :]
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in out.tolist()]
+
+    def bytes_per_step(self, batch: int, context: int) -> int:
+        """The fewest bytes one decode step must move: every weight once, and every row's keys and values."""
+        return self._weight_bytes + batch * context * self.kv_bytes_per_token
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values a token keeps, over all layers."""
+        config = self.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * head_dim * self.dtype.itemsize)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations, keys and values."""
+        return next(self.model.parameters()).dtype
+
+    def _checked(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise UsageError(f"tokens must be [batch, length] with at least one of each, got {list(tokens.shape)}.")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise UsageError(f"token {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}.")
+        if tokens.shape[1] > self.max_context:
+            raise UsageError(f"a prompt of {tokens.shape[1]} tokens exceeds the context of {self.max_context}.")
+        mask = torch.ones_like(tokens) if mask is None else mask.long()
+        if mask.shape != tokens.shape or not bool(mask[:, -1].all()) or bool((mask.diff(dim=1) < 0).any()):
+            raise UsageError("the mask must have the shape of the tokens and be left-padded: 0…0 1…1 in each row.")
+        return tokens.to(self.device), mask.to(self.device)
+
+    def _check_room(self, prompt: int, new: int) -> None:
+        if new < 1:
+            raise UsageError(f"Invalid max_new_tokens {new}. Ask for at least 1.")
+        if prompt + new > self.max_context:
+            raise UsageError(
+                f"{prompt} prompt tokens and {new} new ones exceed the context of {self.max_context}. "
+                "Shorten them, or give the runner a larger max_context (the recipe's `decode` pass has the option)."
+            )
+
+    def _run_prompt(self, tokens: Tensor, mask: Tensor, all_logits: bool, cache: Any = None) -> tuple[Tensor, Any]:
+        """The model's own forward over the whole prompt, into a fresh dynamic cache unless one is given."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.config) if cache is None else cache
+        out = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=0 if all_logits else 1,
+        )
+        logits = out.logits.float()
+        return (logits if all_logits else logits[:, -1]), cache
+
+    def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
+        raise NotImplementedError
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class EagerRunner(BaseRunner):
+    """The Hugging Face model as its users run it: eager forward, dynamic cache, and greedy `generate` its own.
+
+    This is the baseline of every speed ratio.
+    """
+
+    def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
+        self._mask = mask
+        logits, self._cache = self._run_prompt(tokens, mask, all_logits)
+        return logits
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        self._mask = torch.cat([self._mask, self._mask.new_ones(self._batch, 1)], 1)
+        self.ledger.steps["eager"] += 1
+        out = self.model(
+            input_ids=tokens[:, None],
+            attention_mask=self._mask,
+            position_ids=self._mask.sum(-1, keepdim=True) - 1,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1].float()  # type: ignore[no-any-return]
+
+    def generate(self, tokens: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Greedy requests without an end token go to `model.generate`, what a user would call; others to our loop."""
+        on_token, new = options.get("on_token"), options.get("max_new_tokens", 128)
+        if options.get("temperature") or options.get("eos_token_id") is not None:
+            return super().generate(tokens, mask, **options)
+        tokens, mask = self._checked(tokens, mask)
+        self._check_room(tokens.shape[1], new)
+        with torch.no_grad():
+            out = self.model.generate(  # type: ignore[operator]
+                tokens,
+                attention_mask=mask,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=self.config.get_text_config().pad_token_id or 0,
+                streamer=None if on_token is None else _Streamer(on_token),
+            )
+        self.ledger.steps["prefill"] += 1
+        self.ledger.steps["eager"] += new - 1
+        return out  # type: ignore[no-any-return]
+
+
+class _Streamer:
+    """transformers' streamer interface: the prompt comes first, then each new `[B]`."""
+
+    def __init__(self, on_token: OnToken) -> None:
+        self.on_token, self.prompt_seen = on_token, False
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_seen:
+            self.on_token(value)
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+class CompiledRunner(BaseRunner):
+    """The model's own forward, compiled whole over a static cache: one graph for every step of a bucket.
+
+    A bucket is a batch size (the next power of two; spare rows repeat the last one) and a capacity in tokens (256
+    doubled until the request fits). Its step is compiled when first used, with `fullgraph=True`, so that a graph
+    break is an error; `warm_up` does it ahead of time. A sequence that outgrows its capacity moves to the next one.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any = None, *, max_context: int | None = None, compile: bool = True
+    ) -> None:
+        super().__init__(model, tokenizer, max_context=max_context)
+        self.compile = compile
+        self._steps: dict[tuple[int, int], _CompiledStep] = {}
+        self._step: _CompiledStep | None = None
+        self._prompt: tuple[Any, Tensor] | None = None
+        self._wanted = 0
+        self._sliding = "sliding_attention" in (getattr(self.config.get_text_config(), "layer_types", None) or ())
+
+    def warm_up(self, batch: int = 1, context: int = 1) -> None:
+        """Compile and run the step of a bucket, so that the first request does not pay for it."""
+        tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        self._wanted = context
+        self.prefill(tokens)
+        self.decode(tokens[:, 0])
+
+    def generate(self, tokens: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        """`BaseRunner.generate`, in the bucket that holds the whole request."""
+        self._wanted = tokens.shape[-1] + options.get("max_new_tokens", 128)
+        return super().generate(tokens, mask, **options)
+
+    def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
+        spare = bucket(self._batch) - self._batch
+        if spare and (self._sliding or not all_logits):
+            tokens = torch.cat([tokens, tokens[-1:].expand(spare, -1)])
+            mask = torch.cat([mask, mask[-1:].expand(spare, -1)])
+        self._step = None
+        if self._sliding:
+            # A dynamic sliding layer keeps only its window, so such prompts are written to the static cache at once.
+            step = self._bucket_for(max(self._wanted, tokens.shape[1] + 1) if self._wanted else self.max_context)
+            logits = self._run_prompt(tokens, mask, all_logits, step.state.start(mask))[0]
+            self._step = step
+        else:
+            logits, cache = self._run_prompt(tokens, mask, all_logits)
+            self._prompt = (cache, mask)
+        return logits[: self._batch]
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        if self._step is None:
+            self._step = self._bucket_for(max(self._wanted, self._context))
+            assert self._prompt is not None
+            self._step.state.load(*self._prompt)
+            self._prompt, self._wanted = None, 0
+        elif self._context > self._step.state.capacity:
+            larger = self._bucket_for(self._context)
+            larger.state.take_over(self._step.state)
+            self._step = larger
+        spare = self._step.state.batch - self._batch
+        if spare:
+            tokens = torch.cat([tokens, tokens[-1:].expand(spare)])
+        return self._step(tokens)[: self._batch]
+
+    def _bucket_for(self, context: int) -> _CompiledStep:
+        rows, capacity = bucket(self._batch), min(max(256, bucket(context)), self.max_context)
+        if (rows, capacity) not in self._steps:
+            state = StaticKeyValueCache(self.config, rows, capacity, self.device)
+            self._steps[rows, capacity] = _CompiledStep(self.model, state, self.ledger, self.compile)
+        return self._steps[rows, capacity]
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes that the static caches of all buckets in use occupy."""
+        return sum(step.state.bytes for step in self._steps.values())
+
+
+class _CompiledStep:
+    """One decode step at one batch size, compiled at its first call.
+
+    Later calls skip Dynamo's guards (0.4 ms a step on a six-layer model): everything they would watch belongs to the
+    runner, and the step has a code object of its own, so there is exactly one graph to choose. It therefore cannot
+    recompile.
+    """
+
+    def __init__(self, model: nn.Module, state: StaticKeyValueCache, ledger: Ledger, compile: bool) -> None:
+        self.model, self.state, self.ledger = model, state, ledger
+        self.kind = "compiled" if compile else "eager"
+        self.ready = not compile
+        forward = FunctionType(_step_forward.__code__.replace(), _step_forward.__globals__, "decode_step")
+        self.run: Callable[..., Tensor] = forward
+        if compile:
+            options = compile_options(state.mask.device)
+            self.run = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.ledger.steps[self.kind] += 1
+        if not self.ready:
+            began = time.perf_counter()
+            logits = self.run(self.model, self.state, tokens)
+            self.ledger.compile_seconds += time.perf_counter() - began
+            self.ready = True
+            return logits
+        if self.kind == "eager":
+            return self.run(self.model, self.state, tokens)
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+            return self.run(self.model, self.state, tokens)
+
+
+def _step_forward(model: Any, state: StaticKeyValueCache, tokens: Tensor) -> Tensor:
+    """Append `tokens [B]` to the static cache; float32 logits `[B, V]`."""
+    out = model(
+        input_ids=tokens[:, None],
+        attention_mask=state.mask,
+        position_ids=state.position,
+        past_key_values=state.cache,
+        use_cache=True,
+    )
+    state.position.add_(1)
+    return out.logits[:, -1].float()  # type: ignore[no-any-return]
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """Inductor options of the decode step; on a CPU its C++ wrapper, since a step is many short kernels."""
+    return {"cpp_wrapper": True} if device.type == "cpu" else {}
+
+
+def bucket(size: int) -> int:
+    """The size that is compiled for `size` rows or tokens: the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token rows of any lengths as `tokens [B, S]` and `mask [B, S]`, padded on the left."""
+    if not rows or any(len(row) == 0 for row in rows):
+        raise UsageError("every prompt must have at least one token.")
+    length = max(map(len, rows))
+    tokens = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], dtype=torch.long)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
+    return tokens, mask
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)

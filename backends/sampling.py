@@ -1,0 +1,51 @@
+"""Choosing the next token from logits: greedy, temperature, top-k, top-p (nucleus; Holtzman et al. 2020)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimizer.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a token. `temperature` 0 is greedy; `top_k` and `top_p` cut the tail before drawing."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"Invalid temperature {self.temperature}. Use 0 for greedy or a positive number.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"Invalid top_k {self.top_k}. Keep at least 1 token, or None for all.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"Invalid top_p {self.top_p}. Use a probability in (0, 1], or None for all.")
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution `[B, V]` that is drawn from, in float32. Temperature comes first, then top-k, then top-p."""
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # a token stays while those above it hold less than top_p
+        ordered = ordered.masked_fill(before >= sampling.top_p, 0)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """One token a row: `logits [B, V]` to `[B]` int64."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(-1)

@@ -1,0 +1,322 @@
+"""Quality: lm-eval tasks run on a `Runner`, and the paired comparison of two such runs.
+
+lm-eval builds the requests, filters and scores; this module keeps every document's contribution to every metric, so
+that baseline and optimized models are compared on the same documents (`compare`) instead of by two averages. Tasks
+`reference_*` are built in and need no network; any other name is looked up among lm-eval's own tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import logging
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from optimizer.errors import DataError, UsageError
+from optimizer.evals.gate import Measurement
+from optimizer.evals.runner import Runner
+from optimizer.evals.statistics import Flips, Interval, Kind, compare_paired, mcnemar, standard_error
+
+TASKS = Path(__file__).parent / "tasks"
+AGGREGATIONS: Mapping[str, Kind] = {
+    "mean": "mean",
+    "perplexity": "perplexity",
+    "weighted_perplexity": "perplexity",
+    "bits_per_byte": "bits",
+}
+"""lm-eval's aggregations that are a function of a mean, and so have paired intervals; see `statistics`."""
+
+RatioName = Literal["recovery", "perplexity ratio", "ratio"]
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One metric of one task under one filter, with every document's part in it.
+
+    `documents` identifies each document by id and content hash. Document i adds `totals[i]` (a score, or a
+    log-likelihood in nats) with weight `weights[i]` (1, or its words or bytes). `kind` says how they make `value`;
+    it is None, with no samples, for the few metrics that are not a function of a mean (F1, BLEU, ...).
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    higher_is_better: bool
+    stderr: float | None = None
+    kind: Kind | None = None
+    documents: tuple[str, ...] = ()
+    totals: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What pairs it with the other model's result."""
+        return self.task, self.metric, self.filter
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """Every metric of a run, and lm-eval's own results without the logged samples.
+
+    `non_finite` counts requests whose log-likelihood was NaN or infinite; anything above 0 means a broken model.
+    """
+
+    metrics: tuple[MetricResult, ...]
+    non_finite: int
+    lm_eval: dict[str, Any] = field(repr=False, default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MetricComparison:
+    """One metric of the baseline and the optimized model, paired document by document.
+
+    `ratio` is optimized/baseline: "recovery" where higher is better, "perplexity ratio" or "ratio" where lower is.
+    `difference` is optimized − baseline. `flips` is None for metrics that are not 0/1.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    higher_is_better: bool
+    baseline: float
+    optimized: float
+    ratio_name: RatioName
+    ratio: Interval
+    difference: Interval
+    flips: Flips | None
+    samples: int
+    confidence: float
+
+
+@contextlib.contextmanager
+def _left_as_found(seed: int) -> Iterator[None]:
+    """Run lm-eval quietly and from `seed`, then put back the random states, the environment and its logging."""
+    import lm_eval.api.task
+    import numpy as np
+    import torch
+
+    logger = logging.getLogger("lm_eval")
+    level, environment, bars = logger.level, dict(os.environ), lm_eval.api.task.tqdm
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    logger.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = lambda items, **_: items
+    try:
+        with torch.random.fork_rng(devices):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        lm_eval.api.task.tqdm = bars
+        logger.setLevel(level)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+def built_in_tasks() -> list[str]:
+    """Names of the tasks that ship with this package."""
+    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+@functools.cache
+def _task_manager(defaults: bool) -> Any:
+    """lm-eval's index of tasks. Its own 14,000 take several seconds to read, so they are only read when needed."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS), include_defaults=defaults)
+
+
+def _load(names: Sequence[str], seed: int) -> dict[str, Any]:
+    """lm-eval's tasks, groups and their map for these names, ready to run."""
+    if not names:
+        raise UsageError(f"no tasks were named; the built-in ones are {', '.join(built_in_tasks())}")
+    manager = _task_manager(any(name not in built_in_tasks() and not Path(name).is_file() for name in names))
+    for name in names:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise UsageError(f"there is no task {name!r}; the nearest are {', '.join(near or built_in_tasks())}")
+    loaded: dict[str, Any] = manager.load(list(dict.fromkeys(names)))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+        if hasattr(task, "_aggregation_list"):
+            task._aggregation_list = {name: _saturating(rule) for name, rule in task._aggregation_list.items()}
+    return loaded
+
+
+def _saturating(aggregate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A perplexity too large for a float is infinite, a verdict on the model, and not an error of the run."""
+
+    @functools.wraps(aggregate)
+    def saturating(items: Any) -> Any:
+        try:
+            return aggregate(items)
+        except OverflowError:
+            return math.inf
+
+    return saturating
+
+
+def _chosen(tasks: Mapping[str, Any], limit: int | Mapping[str, int] | None) -> dict[str, range] | None:
+    """The first documents of each task, as lm-eval's `samples`; None for all."""
+    if limit is None:
+        return None
+    limits = limit if isinstance(limit, Mapping) else dict.fromkeys(tasks, limit)
+    for name, count in limits.items():
+        if count < 1:
+            raise UsageError(f"the limit of task {name!r} is {count}; at least 1 document must be evaluated")
+        if name not in tasks:
+            raise UsageError(f"a limit names {name!r}, which is not among the tasks {', '.join(tasks)}")
+    # A range, since lm-eval asks for the membership of every document.
+    return {name: range(min(limits[name], len(tasks[name].eval_docs))) for name in limits}
+
+
+def _kind(task: Any, metric: str) -> Kind | None:
+    """How the metric is aggregated, where that is known."""
+    from lm_eval.api.registry import get_aggregation
+
+    rule = task.aggregation().get(metric)
+    rule = getattr(rule, "__wrapped__", rule)
+    return next((kind for name, kind in AGGREGATIONS.items() if rule is get_aggregation(name)), None)
+
+
+def _metric_result(task: Any, metric: str, rule: str, value: Any, logged: Sequence[Mapping[str, Any]]) -> MetricResult:
+    name, better = task.task_name, bool(task.higher_is_better().get(metric, True))
+    rows = [row for row in logged if row["filter"] == rule and metric in row]
+    kind = _kind(task, metric)
+    if kind is None:
+        return MetricResult(name, metric, rule, float(value), better)
+    pairs = [row[metric] if isinstance(row[metric], (tuple, list)) else (row[metric], 1) for row in rows]
+    totals, weights = (tuple(float(pair[part]) for pair in pairs) for part in (0, 1))
+    documents = tuple(f"{row['doc_id']}:{row['doc_hash'][:16]}" for row in rows)
+    error = standard_error(totals, weights, kind=kind)
+    return MetricResult(name, metric, rule, float(value), better, error, kind, documents, totals, weights)
+
+
+def _collect(tasks: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[MetricResult]:
+    for name, task in tasks.items():
+        for key, value in results["results"][name].items():
+            metric, comma, rule = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                yield _metric_result(task, metric, rule, value, results["samples"][name])
+
+
+def evaluate(
+    runner: Runner,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | Mapping[str, int] | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> QualityResult:
+    """Run lm-eval `tasks` on `runner`.
+
+    `limit` takes the first documents of every task, or of each named one. `max_length` bounds the window in tokens.
+    `seed` draws few-shot examples and samples, if a task does either. `progress` receives the kind of request, how
+    many are done and how many there are. The caller's random states, environment and logging stay as they were.
+
+    Raises `UsageError` for an unknown task or limit, `DataError` for a document that the window cannot score.
+    """
+    from lm_eval.evaluator import evaluate as run
+
+    from optimizer.evals.runner_lm import RunnerLM
+
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
+    with _left_as_found(seed):
+        loaded = _load(tasks, seed)
+        model = RunnerLM(runner, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed, progress=progress)
+        # lm-eval's standard errors are switched off: they fork processes and print. Ours are computed in `_collect`.
+        results = run(model, loaded, samples=_chosen(loaded["tasks"], limit), bootstrap_iters=0, log_samples=True)
+        metrics = tuple(_collect(loaded["tasks"], results))
+    return QualityResult(metrics, model.non_finite, {key: part for key, part in results.items() if key != "samples"})
+
+
+def _ratio_name(result: MetricResult) -> RatioName:
+    if result.higher_is_better:
+        return "recovery"
+    return "perplexity ratio" if result.kind == "perplexity" else "ratio"
+
+
+def _compare_one(before: MetricResult, after: MetricResult, options: Mapping[str, Any]) -> MetricComparison:
+    if before.documents != after.documents or before.weights != after.weights:
+        raise DataError(
+            f"{before.task} {before.metric}: the baseline answered {len(before.documents)} documents and the optimized "
+            f"model {len(after.documents)}, or not the same ones; evaluate both with the same tasks, limit and data"
+        )
+    flips = None
+    if before.kind is None:
+        ratio = after.value / before.value if before.value > 0 else math.nan
+        pair = tuple(Interval(value, -math.inf, math.inf) for value in (ratio, after.value - before.value))
+    else:
+        pair = compare_paired(before.totals, after.totals, before.weights, kind=before.kind, **options)
+        if before.kind == "mean" and set(before.totals) | set(after.totals) <= {0.0, 1.0}:
+            flips = mcnemar(before.totals, after.totals)
+    return MetricComparison(
+        *before.key,
+        higher_is_better=before.higher_is_better,
+        baseline=before.value,
+        optimized=after.value,
+        ratio_name=_ratio_name(before),
+        ratio=pair[0],
+        difference=pair[1],
+        flips=flips,
+        samples=len(before.documents),
+        confidence=options["confidence"],
+    )
+
+
+def compare(
+    baseline: QualityResult,
+    optimized: QualityResult,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[MetricComparison]:
+    """Compare two runs metric by metric, document by document, in the order of the baseline.
+
+    Raises `DataError` when the runs do not hold the same metrics over the same documents. A metric that is not a
+    function of a mean has no paired interval: its ratio is unbounded, so a gate on its interval does not pass.
+    """
+    found = {result.key: result for result in optimized.metrics}
+    expected = {result.key for result in baseline.metrics}
+    if odd := sorted(expected ^ set(found)):
+        raise DataError(
+            f"only one of the two runs holds {', '.join(' '.join(key) for key in odd)}; "
+            "evaluate both models on the same tasks"
+        )
+    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    return [_compare_one(result, found[result.key], options) for result in baseline.metrics]
+
+
+def evidence(comparisons: Sequence[MetricComparison]) -> dict[str, Measurement]:
+    """What the gate judges: `quality.<task>.<metric>.recovery`, or `.ratio` where lower is better.
+
+    A task scored under several filters has one entry for each, its metric written as lm-eval does: `metric,filter`.
+    """
+    filters: dict[tuple[str, str], int] = {}
+    for item in comparisons:
+        filters[item.task, item.metric] = filters.get((item.task, item.metric), 0) + 1
+    measured = {}
+    for item in comparisons:
+        metric = item.metric if filters[item.task, item.metric] == 1 else f"{item.metric},{item.filter}"
+        name = f"quality.{item.task}.{metric}.{'recovery' if item.higher_is_better else 'ratio'}"
+        measured[name] = Measurement(item.ratio.value, item.ratio.low, item.ratio.high, item.samples)
+    return measured

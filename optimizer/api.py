@@ -1,0 +1,151 @@
+"""`optimize` and `load`: the library's two entry points."""
+
+from __future__ import annotations
+
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.artifact import ManifestInfo, SourceRecord, check_output, read_manifest, verify_artifact, write_artifact
+from optimizer.backends.runner import BaseRunner
+from optimizer.card import model_card
+from optimizer.checkpoint import load_checkpoint, save_checkpoint
+from optimizer.errors import ArtifactError, OptimizerError
+from optimizer.passes.base import Context
+from optimizer.pipeline import Outcome, apply_passes, choose_device, run
+from optimizer.progress import Progress
+from optimizer.recipe import Recipe
+from optimizer.report import Report
+from optimizer.report_build import build_report
+from optimizer.source import load_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class NotReleased(OptimizerError):
+    """The gate refused the model, so no artifact was written. The report says which floors were missed."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `optimize` returns: the optimized runner, the report, and the verdict."""
+
+    model: BaseRunner
+    report: Report
+    outcome: Outcome
+
+    @property
+    def verdict(self) -> str:
+        """`passed` or `failed`."""
+        return self.report.verdict
+
+    @property
+    def passed(self) -> bool:
+        """Whether every floor held."""
+        return self.outcome.verdict.passed
+
+    def save(self, out: str | Path, *, ungated: bool = False) -> Path:
+        """Write the artifact: weights, configuration, tokenizer, recipe, report, model card and manifest.
+
+        Raises `NotReleased` when a floor was missed, unless `ungated`, which marks the artifact UNGATED everywhere.
+        """
+        if not self.passed and not ungated:
+            missed = ", ".join(floor.metric for floor in self.report.failed_floors)
+            raise NotReleased(f"the gate refused this model ({missed}). Pass ungated=True to write it marked UNGATED.")
+        report = self.report if self.passed else self.report.model_copy(update={"verdict": "ungated"})
+        outcome, recipe = self.outcome, self.outcome.recipe
+
+        def build(folder: Path) -> None:
+            save_checkpoint(self.model.model, self.model.tokenizer, folder)
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            for name in ("report.json", "report.md", "report.html"):
+                report.save(folder / name)
+            card = model_card(
+                name=f"{Path(outcome.source.name).name}-{recipe.name}",
+                base_model=outcome.source.name,
+                recipe=recipe.to_yaml(),
+                results=report.to_markdown(),
+                verdict=report.verdict,
+                revision=outcome.source.revision,
+            )
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+        source = SourceRecord(
+            name=outcome.source.name, revision=outcome.source.revision, digest=outcome.source.digest
+        )
+        seeds = {"recipe": recipe.seed, "evaluation": recipe.evaluation.seed}
+        info = ManifestInfo(source=source, verdict=report.verdict, seeds=seeds)
+        write_artifact(out, build=build, manifest=info, required_bytes=outcome.weight_bytes)
+        return Path(out)
+
+
+def optimize(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Path | Recipe = "default",
+    *,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    device: str | None = None,
+    out: str | Path | None = None,
+    inplace: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Optimize a causal language model, measure it against the original, and judge it by the recipe's floors.
+
+    `model` is a local folder, a hub id, "reference" for the embedded model, or a loaded `PreTrainedModel` (which is
+    left as it was unless `inplace`). `recipe` is a built-in name, a YAML file or a `Recipe`. `calibration` is text
+    for passes that calibrate; no pass of the built-in recipes does yet, and giving it to those is an error. With
+    `out`, the artifact is saved there if the gate passes.
+
+    Raises a subclass of `OptimizerError` that names the thing, the rule and the remedy.
+    """
+    recipe = Recipe.load(recipe)
+    progress = progress or Progress()
+    target = choose_device(device)
+    if out is not None:
+        check_output(out)
+    if calibration is not None:
+        _refuse_calibration(recipe)
+    with progress.phase("load"):
+        source = load_source(model, tokenizer=tokenizer, device=target, trust_remote_code=trust_remote_code)
+    if out is not None:
+        check_output(out, sum(p.numel() * p.element_size() for p in source.model.parameters()))
+    outcome = run(source, recipe, inplace=inplace, progress=progress)
+    result = Result(outcome.runner, build_report(outcome), outcome)
+    if out is not None and result.passed:
+        with progress.phase("save"):
+            result.save(out)
+    return result
+
+
+def load(folder: str | Path, *, device: str | None = None, verify: bool = True) -> BaseRunner:
+    """The runner of a saved artifact, on the passes its recipe names. `verify` checks every file's sha256 first."""
+    folder = Path(folder)
+    read_manifest(folder)
+    if verify and (wrong := verify_artifact(folder)):
+        raise ArtifactError(f"{folder} is not as it was written: " + "; ".join(f"{m.path} {m.problem}" for m in wrong))
+    recipe = Recipe.from_yaml(folder / "recipe.yaml")
+    model = load_checkpoint(folder, choose_device(device))
+    tokenizer = None
+    if (folder / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    context = Context(tokenizer=tokenizer, batch=recipe.workload.batch)
+    apply_passes(model, [p for p in recipe.build_passes() if not p.stored], context, Progress())
+    return context.make_runner(model, tokenizer)
+
+
+def _refuse_calibration(recipe: Recipe) -> None:
+    from optimizer.errors import DataError
+
+    names = ", ".join(step.name for step in recipe.build_passes())
+    raise DataError(f"calibration was given, but no pass of recipe {recipe.name!r} calibrates ({names}). Leave it out.")
+
+
+

@@ -1,0 +1,229 @@
+"""The job, end to end: load, measure the baseline, run the passes, measure what will be deployed, judge, report.
+
+Quality is measured on the runner that will serve, against the original model in float32 arithmetic where this
+processor has no bfloat16 matrix instructions (the same weights, exactly, and ten times faster there) and in its own
+type elsewhere. Speed is measured against Hugging Face `generate` on the original model in its own type, both in one
+process and interleaved.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optimizer.backends.linear import weight_bytes
+from optimizer.backends.runner import BaseRunner, EagerRunner
+from optimizer.errors import DeviceError, UsageError
+from optimizer.evals.architecture import from_module
+from optimizer.evals.ceilings import Ceilings, measure_ceilings
+from optimizer.evals.gate import Floor, Measurement, Verdict, judge
+from optimizer.evals.quality import MetricComparison, QualityResult, compare, evaluate, evidence
+from optimizer.evals.roofline import StepCost
+from optimizer.evals.timing import GenerationTiming, Ratio, Workload, measure_generation, ratio
+from optimizer.passes.base import Context, Pass, PassReport, transaction, view
+from optimizer.progress import Progress
+from optimizer.recipe import EvaluationSpec, Recipe
+from optimizer.source import Source
+
+WINDOW = 512
+"""Tokens of context that an evaluation window holds at most."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of generation on the roofline: what it must do, how long it took, and what it could reach."""
+
+    cost: StepCost
+    seconds: float
+    peak_flops: float
+    bandwidth: float
+
+    @property
+    def mfu(self) -> float:
+        """Share of the measured matrix-multiply rate."""
+        return self.cost.flops / (self.seconds * self.peak_flops)
+
+    @property
+    def mbu(self) -> float:
+        """Share of the measured read bandwidth (at this working set) that the bytes which must be read come to."""
+        return self.cost.required_bytes / (self.seconds * self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One workload served by both: timings, paired ratios, and each phase on the roofline."""
+
+    workload: Workload
+    baseline: GenerationTiming
+    optimized: GenerationTiming
+    decode: Ratio
+    ttft: Ratio
+    throughput: Ratio
+    phases: dict[tuple[str, str], Phase]  # (phase, variant)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything the job found; `optimizer.api` turns it into a report and an artifact."""
+
+    recipe: Recipe
+    source: Source
+    runner: BaseRunner
+    passes: tuple[tuple[Pass, PassReport], ...]
+    comparisons: tuple[MetricComparison, ...]
+    speed: Speed
+    ceilings: Ceilings
+    evidence: dict[str, Measurement]
+    verdict: Verdict
+    baseline_weight_bytes: int
+    weight_bytes: int
+    costs: dict[str, float]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """`None` or "auto" takes the GPU if there is one; naming one that is absent is an error."""
+    if name in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}. Use cpu, cuda or auto.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported. Use cpu, cuda or auto.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device {name!r} was asked for, but PyTorch sees no CUDA device. Use --device cpu.")
+    return device
+
+
+def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Progress | None = None) -> Outcome:
+    """Carry out `recipe` on a loaded model. The caller's model stays as it was unless `inplace`."""
+    progress = progress or Progress()
+    if source.tokenizer is None:
+        raise UsageError(f"{source.name} has no tokenizer, which the evaluation needs. Pass tokenizer=.")
+    model = source.model
+    baseline = EagerRunner(model, source.tokenizer)
+    workload = Workload(recipe.workload.batch, recipe.workload.prompt, recipe.workload.output)
+    context = Context(tokenizer=source.tokenizer, batch=workload.batch, progress=progress.update)
+    passes = recipe.build_passes()
+    _check_workload(baseline, workload)
+    passes[0].check(model, context)
+    with progress.phase("measure ceilings"):
+        ceilings = measure_ceilings(baseline.device, progress=lambda share: progress.update("probes", share, 1))
+    with progress.phase("baseline quality"):
+        before = _quality(_reference(baseline), recipe.evaluation, progress)
+    # The view keeps the baseline intact for the timed comparison, and the caller's model with it.
+    optimized = view(model)
+    reports = apply_passes(optimized, passes, context, progress)
+    runner = context.make_runner(optimized, source.tokenizer)
+    with progress.phase("compile"):
+        if hasattr(runner, "warm_up"):
+            runner.warm_up(workload.batch, workload.prompt + workload.output)
+    with progress.phase("optimized quality"):
+        after = _quality(runner, recipe.evaluation, progress)
+    comparisons = compare(before, after, confidence=recipe.evaluation.confidence, seed=recipe.seed)
+    with progress.phase("speed"):
+        speed = measure_speed(baseline, runner, workload, ceilings, recipe.workload.repeats, recipe.seed)
+    sizes = weight_bytes(model), weight_bytes(optimized)
+    found = {**evidence(comparisons), **_speed_evidence(speed), **_size_evidence(*sizes)}
+    floors = [Floor(f.metric, f.at_least, f.at_most, f.bound) for f in recipe.floors]
+    outcome = Outcome(
+        recipe, source, runner, tuple(zip(passes, reports, strict=True)), tuple(comparisons), speed, ceilings, found,
+        judge(floors, found), *sizes, dict(progress.seconds),
+    )  # fmt: skip
+    if inplace:
+        model._modules.clear()
+        model._modules.update(optimized._modules)
+    return outcome
+
+
+def apply_passes(model: Any, passes: Iterable[Pass], context: Context, progress: Progress) -> list[PassReport]:
+    """Run passes in order; one that fails leaves the model as it found it and ends the job."""
+    reports = []
+    for step in passes:
+        step.check(model, context)
+        with progress.phase(f"pass {step.name}"), transaction(model):
+            reports.append(step.run(model, context))
+    return reports
+
+
+def measure_speed(
+    baseline: BaseRunner, optimized: BaseRunner, workload: Workload, ceilings: Ceilings, repeats: int, seed: int
+) -> Speed:
+    """Time both runners interleaved, and place prefill and decode of each on the measured roofline."""
+    runners = {"baseline": baseline, "optimized": optimized}
+    timings = measure_generation(runners, workload, repeats=repeats, seed=seed)
+    a, b = timings["baseline"], timings["optimized"]
+    phases = {}
+    for variant, runner in runners.items():
+        shape = from_module(runner.model)
+        dtype = str(runner.dtype).removeprefix("torch.")
+        peak = max(rate for name, rate in ceilings.matmul_flops.items() if name in (dtype, "float32"))
+        timing = timings[variant]
+        costs = {
+            "prefill": (shape.prefill(workload.batch, workload.prompt), timing.ttft.median),
+            "decode": (shape.decode(workload.batch, workload.prompt + workload.output // 2), timing.tpot.median),
+        }
+        for phase, (cost, seconds) in costs.items():
+            bandwidth = ceilings.bandwidth(max(cost.required_bytes, 1))
+            phases[phase, variant] = Phase(cost, seconds, peak, bandwidth)
+    return Speed(
+        workload, a, b, ratio(a.tpot_rounds, b.tpot_rounds), ratio(a.ttft_rounds, b.ttft_rounds),
+        ratio(a.e2e_rounds, b.e2e_rounds), phases,
+    )  # fmt: skip
+
+
+def _check_workload(runner: BaseRunner, workload: Workload) -> None:
+    if workload.prompt + workload.output > runner.max_context:
+        raise UsageError(
+            f"workload: prompt {workload.prompt} + output {workload.output} exceed the model's "
+            f"{runner.max_context} positions. Shorten the workload in the recipe."
+        )
+
+
+def _reference(baseline: BaseRunner) -> BaseRunner:
+    """The original model in the arithmetic that is both exact and fast here: see the module's docstring."""
+    slow = baseline.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if slow and baseline.dtype in (torch.bfloat16, torch.float16):
+        return EagerRunner(copy.deepcopy(baseline.model).float(), baseline.tokenizer)
+    return baseline
+
+
+def _quality(runner: BaseRunner, spec: EvaluationSpec, progress: Progress) -> QualityResult:
+    """Evaluate all tasks of the recipe on one runner."""
+    limits = {task: limit for task, limit in spec.tasks.items() if limit is not None}
+    show: Callable[[str, int, int], None] = progress.update
+    return evaluate(
+        runner, runner.tokenizer, list(spec.tasks), limit=limits or None, batch_size=spec.batch_size,
+        max_length=WINDOW, seed=spec.seed, progress=show,
+    )  # fmt: skip
+
+
+def _speed_evidence(speed: Speed) -> dict[str, Measurement]:
+    """What the gate may judge of speed."""
+
+    def paired(r: Ratio) -> Measurement:
+        return Measurement(r.median, r.low, r.high, r.n, "×")
+
+    after = speed.optimized
+    decode, prefill = speed.phases["decode", "optimized"], speed.phases["prefill", "optimized"]
+    return {
+        "decode.speedup": paired(speed.decode),
+        "ttft.speedup": paired(speed.ttft),
+        "throughput.speedup": paired(speed.throughput),
+        "decode.mbu": Measurement(decode.mbu),
+        "prefill.mfu": Measurement(prefill.mfu),
+        "ttft.seconds": Measurement(after.ttft.median, samples=after.ttft.n, unit="s"),
+        "tpot.seconds": Measurement(after.tpot.median, samples=after.tpot.n, unit="s"),
+        "throughput.tokens_per_second": Measurement(after.tokens_per_second, samples=after.e2e.n, unit="tok/s"),
+    }
+
+
+def _size_evidence(before: int, after: int) -> dict[str, Measurement]:
+    return {
+        "weights.bytes": Measurement(float(after), unit="B"),
+        "weights.ratio": Measurement(after / before),
+    }

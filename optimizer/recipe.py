@@ -1,0 +1,162 @@
+"""Recipes: what to do to a model, on which workload to measure it, and the floors it must clear.
+
+A recipe is YAML with no surprises: an unknown key, pass or option is refused with the nearest valid name.
+
+    name: my-recipe
+    workload: {batch: 1, prompt: 128, output: 64}
+    evaluation: {tasks: {reference_next_line: 300}}
+    passes:
+      - {name: quantize, bits: 4, group_size: 64}
+      - {name: merge_linears}
+      - {name: decode}
+    floors:
+      - {metric: quality.reference_next_line.acc.recovery, at_least: 0.97}
+      - {metric: decode.speedup, at_least: 1.5}
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from optimizer.errors import RecipeError
+
+if TYPE_CHECKING:
+    from optimizer.passes.base import Pass
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WorkloadSpec(_Strict):
+    """The request that speed is measured on: `batch` rows of `prompt` tokens, `output` new tokens each."""
+
+    batch: int = Field(default=1, ge=1, le=1024)
+    prompt: int = Field(default=128, ge=1)
+    output: int = Field(default=64, ge=2)
+    repeats: int = Field(default=5, ge=3, description="timed generations of each variant")
+
+
+class EvaluationSpec(_Strict):
+    """lm-eval tasks by name, each with how many items to use (null: all)."""
+
+    tasks: dict[str, int | None] = Field(min_length=1)
+    batch_size: int = Field(default=16, ge=1)
+    seed: int = 1234
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+
+class FloorSpec(_Strict):
+    """One condition of release. `bound: interval` judges the unfavourable end of the confidence interval."""
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+    bound: Literal["interval", "value"] = "interval"
+
+    @model_validator(mode="after")
+    def _one_side(self) -> FloorSpec:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"floor {self.metric!r} needs exactly one of at_least and at_most")
+        return self
+
+
+class Recipe(_Strict):
+    """Passes in order, the workload, the evaluation, and the floors; see the module's example."""
+
+    name: str
+    description: str = ""
+    workload: WorkloadSpec = WorkloadSpec()
+    evaluation: EvaluationSpec
+    passes: list[dict[str, Any]] = Field(min_length=1)
+    floors: list[FloorSpec] = Field(min_length=1)
+    seed: int = 0
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "recipe") -> Recipe:
+        """Validate; every problem becomes a `RecipeError` that names the key and the remedy."""
+        if not isinstance(data, dict):
+            raise RecipeError(f"{source}: a recipe is a mapping with the keys {', '.join(cls.model_fields)}.")
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        recipe.build_passes()
+        return recipe
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file."""
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {path} cannot be read: {error}. Built-in recipes: {', '.join(builtin())}.") from None
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe {path} is not valid YAML: {error}.") from None
+        return cls.from_dict(data, str(path))
+
+    @classmethod
+    def load(cls, recipe: str | Path | Recipe) -> Recipe:
+        """A recipe object as it is, a built-in recipe by name, or a YAML file by path."""
+        if isinstance(recipe, Recipe):
+            return recipe
+        if str(recipe) in builtin():
+            return cls.from_yaml(builtin()[str(recipe)])
+        if Path(recipe).suffix in (".yaml", ".yml") or Path(recipe).is_file():
+            return cls.from_yaml(recipe)
+        near = difflib.get_close_matches(str(recipe), builtin(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"unknown recipe {str(recipe)!r}.{hint} Built in: {', '.join(builtin())}; or give a .yaml file.")
+
+    def build_passes(self) -> list[Pass]:
+        """The passes with their options; an unknown one raises `RecipeError`."""
+        from optimizer.passes.registry import build_pass
+
+        built = []
+        for index, spec in enumerate(self.passes):
+            if "name" not in spec:
+                raise RecipeError(f"passes.{index}: a pass needs a name, got {spec!r}.")
+            built.append(build_pass(spec["name"], {key: value for key, value in spec.items() if key != "name"}))
+        return built
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def builtin() -> dict[str, Path]:
+    """The built-in recipes by name, `default` first."""
+    folder = Path(str(resources.files("optimizer.recipes")))
+    found = sorted(folder.glob("*.yaml"), key=lambda path: (path.stem != "default", path.stem))
+    return {path.stem: path for path in found}
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error in words: where, what, and for an unknown key the nearest that exists."""
+    place = ".".join(map(str, item["loc"]))
+    if item["type"] != "extra_forbidden":
+        return f"{place}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})" if place else str(item["msg"])
+    model: Any = Recipe
+    for step in item["loc"][:-1]:
+        if not isinstance(step, int):
+            model = _model_of(model.model_fields[step].annotation)
+    key, valid = str(item["loc"][-1]), list(model.model_fields)
+    near = difflib.get_close_matches(key, valid, n=1)
+    return f"unknown key {place!r}." + (f" Did you mean {near[0]!r}?" if near else "") + f" Keys: {', '.join(valid)}"
+
+
+def _model_of(annotation: Any) -> Any:
+    """The model class inside an annotation such as `list[FloorSpec]`."""
+    origin = typing.get_origin(annotation)
+    if origin in (list, types.UnionType, typing.Union):
+        return _model_of(typing.get_args(annotation)[0])
+    return annotation

@@ -1,0 +1,257 @@
+"""Turns the outcome of a job into its report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from optimizer import __version__
+from optimizer.artifact import installed_versions
+from optimizer.backends.linear import layer_kernel, linear_layers, stored_weight
+from optimizer.evals.gate import FloorVerdict
+from optimizer.evals.quality import MetricComparison
+from optimizer.evals.timing import GenerationTiming
+from optimizer.evals.timing import Ratio as TimingRatio
+from optimizer.passes.base import Pass, PassReport
+from optimizer.pipeline import Outcome, Speed
+from optimizer.quant.rtn import QuantizedWeight
+from optimizer.report import (
+    BandwidthPoint,
+    Ceilings,
+    Cost,
+    FloorEntry,
+    GenerationStats,
+    LayerEntry,
+    Ledger,
+    Machine,
+    Memory,
+    ModelEntry,
+    PassEntry,
+    Percentiles,
+    QualityEntry,
+    Ratio,
+    Report,
+    RooflinePoint,
+    Skipped,
+    SpeedCell,
+)
+
+def build_report(outcome: Outcome) -> Report:
+    """The report of a finished job."""
+    verdict = outcome.verdict
+    missed = [floor.floor.metric for floor in verdict.floors if not floor.passed]
+    speed = outcome.speed
+    return Report(
+        product_version=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        verdict="passed" if verdict.passed else "failed",
+        summary=_summary(outcome, missed),
+        model=_model(outcome),
+        recipe=outcome.recipe.model_dump(mode="json"),
+        machine=_machine(outcome),
+        ceilings=Ceilings(
+            read_bandwidth=[
+                BandwidthPoint(working_set_bytes=size, bytes_per_second=rate)
+                for size, rate in sorted(outcome.ceilings.read_bandwidth.items())
+            ],
+            copy_bytes_per_second=outcome.ceilings.copy_bandwidth,
+            matmul_flops_per_second=dict(outcome.ceilings.matmul_flops),
+            launch_seconds=outcome.ceilings.launch_seconds,
+        ),
+        versions=installed_versions(),
+        passes=[_pass(step, report) for step, report in outcome.passes],
+        layers=_layers(outcome),
+        quality=[_quality(item) for item in outcome.comparisons],
+        speed=[_cell(speed)],
+        memory=Memory(
+            weights_bytes_before=outcome.baseline_weight_bytes,
+            weights_bytes_after=outcome.weight_bytes,
+            kv_bytes_per_token_before=outcome.runner.kv_bytes_per_token,
+            kv_bytes_per_token_after=outcome.runner.kv_bytes_per_token,
+            peak_rss_bytes=peak_rss_bytes(),
+        ),
+        roofline=_points(speed),
+        ledger=_ledger(outcome),
+        floors=[_floor(item) for item in verdict.floors],
+        costs=[Cost(phase=name, seconds=seconds) for name, seconds in outcome.costs.items()],
+        warnings=_warnings(outcome),
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had resident (Linux counts kilobytes, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _summary(outcome: Outcome, missed: list[str]) -> str:
+    speed, size = outcome.speed, outcome.weight_bytes / outcome.baseline_weight_bytes
+    gain = f"decode {speed.decode.median:.2f}× faster, weights {size:.2f}× the size"
+    if missed:
+        return f"Not released: {len(missed)} of {len(outcome.verdict.floors)} floors missed ({', '.join(missed)}); {gain}."
+    return f"All {len(outcome.verdict.floors)} floors held: {gain}."
+
+
+def _model(outcome: Outcome) -> ModelEntry:
+    model: Any = outcome.source.model
+    return ModelEntry(
+        name=outcome.source.name,
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        dtype=str(outcome.runner.dtype).removeprefix("torch."),
+        source_digest=outcome.source.digest,
+    )
+
+
+def _machine(outcome: Outcome) -> Machine:
+    import torch
+
+    device = outcome.runner.device
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return Machine(
+        device=outcome.ceilings.device,
+        kind="cuda" if device.type == "cuda" else "cpu",
+        cores=outcome.ceilings.cores,
+        memory_bytes=memory,
+        isa=outcome.ceilings.isa,
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+    )
+
+
+def _pass(step: Pass, report: PassReport) -> PassEntry:
+    return PassEntry(
+        name=report.name,
+        required=step.required,
+        matched=report.matched,
+        expected=report.expected,
+        skipped=[Skipped(name=skip.name, reason=skip.reason) for skip in report.skipped],
+        seconds=report.seconds,
+        bytes_before=report.bytes_before,
+        bytes_after=report.bytes_after,
+        notes="; ".join(report.notes),
+    )
+
+
+def _layers(outcome: Outcome) -> list[LayerEntry]:
+    """Every linear layer as it is deployed; the quantizing pass adds what it changed."""
+    changes = {change.name: change for _, report in outcome.passes for change in report.layers}
+    entries = []
+    for name, module in linear_layers(outcome.runner.model).items():
+        change, weight = changes.get(name), stored_weight(module)
+        quantized = isinstance(weight, QuantizedWeight)
+        shape = list(weight.q.shape if isinstance(weight, QuantizedWeight) else weight.shape)
+        dense = 0 if isinstance(weight, QuantizedWeight) else weight.numel() * weight.element_size()
+        entries.append(
+            LayerEntry(
+                name=name,
+                kind="linear",
+                shape=shape,
+                format=weight.format.name if isinstance(weight, QuantizedWeight) else str(weight.dtype)[6:],
+                kernel=layer_kernel(module),
+                bytes_before=change.bytes_before if change else dense,
+                bytes_after=change.bytes_after if change else dense,
+                weight_error=change.weight_error if change and quantized else None,
+            )
+        )
+    return entries
+
+
+def _quality(item: MetricComparison) -> QualityEntry:
+    return QualityEntry(
+        task=item.task,
+        metric=item.metric,
+        filter=item.filter,
+        higher_is_better=item.higher_is_better,
+        baseline=item.baseline,
+        optimized=item.optimized,
+        ratio=item.ratio.value,
+        ratio_low=item.ratio.low,
+        ratio_high=item.ratio.high,
+        p_value=None if item.flips is None else item.flips.p_value,
+        samples=item.samples,
+        flips_to_wrong=None if item.flips is None else item.flips.lost,
+        flips_to_right=None if item.flips is None else item.flips.gained,
+    )
+
+
+def _cell(speed: Speed) -> SpeedCell:
+    return SpeedCell(
+        batch=speed.workload.batch,
+        prompt=speed.workload.prompt,
+        output=speed.workload.output,
+        baseline=_stats(speed, speed.baseline, "baseline"),
+        optimized=_stats(speed, speed.optimized, "optimized"),
+        decode_speedup=_ratio(speed.decode),
+        ttft_speedup=_ratio(speed.ttft),
+        throughput_speedup=_ratio(speed.throughput),
+    )
+
+
+def _stats(speed: Speed, timing: GenerationTiming, variant: str) -> GenerationStats:
+    return GenerationStats(
+        ttft_seconds=Percentiles(p50=timing.ttft.p50, p95=timing.ttft.p95),
+        tpot_seconds=Percentiles(p50=timing.tpot.p50, p95=timing.tpot.p95, p99=timing.tpot.p99),
+        tokens_per_second=timing.tokens_per_second,
+        mbu=speed.phases["decode", variant].mbu,
+        mfu=speed.phases["prefill", variant].mfu,
+    )
+
+
+def _ratio(ratio: TimingRatio) -> Ratio:
+    return Ratio(value=ratio.median, low=ratio.low, high=ratio.high)
+
+
+def _points(speed: Speed) -> list[RooflinePoint]:
+    return [
+        RooflinePoint(
+            label=f"{variant} {phase}",
+            phase="prefill" if phase == "prefill" else "decode",
+            variant="baseline" if variant == "baseline" else "optimized",
+            intensity=at.cost.flops / at.cost.required_bytes,
+            achieved_flops=at.cost.flops / at.seconds,
+            attainable_flops=min(at.peak_flops, at.cost.flops / at.cost.required_bytes * at.bandwidth),
+        )
+        for (phase, variant), at in speed.phases.items()
+    ]
+
+
+def _ledger(outcome: Outcome) -> Ledger:
+    steps, kernels = outcome.runner.ledger.steps, outcome.runner.ledger.kernel_counts()
+    return Ledger(compiled=steps["compiled"], eager=steps["eager"], replayed=steps["replayed"], kernels=kernels)
+
+
+def _floor(item: FloorVerdict) -> FloorEntry:
+    floor, measured = item.floor, item.measurement
+    return FloorEntry(
+        metric=floor.metric,
+        rule=str(floor),
+        threshold=floor.limit,
+        unit=measured.unit if measured else "",
+        value=measured.value if measured else None,
+        low=measured.low if measured else None,
+        high=measured.high if measured else None,
+        samples=measured.samples if measured else None,
+        passed=item.passed,
+        reason=item.reason,
+    )
+
+
+def _warnings(outcome: Outcome) -> list[str]:
+    """What a reader should know before believing the figures."""
+    from optimizer.backends.kernels.build import cpu_kernels
+
+    found = []
+    if outcome.runner.device.type == "cpu" and not cpu_kernels().loaded:
+        found.append(f"The compiled CPU kernels did not run, the slow references did: {cpu_kernels().reason}.")
+    if outcome.runner.device.type == "cuda":
+        found.append("Quantized layers ran on the reference kernels: this version has no CUDA kernels of its own.")
+    if outcome.runner.ledger.steps["eager"]:
+        found.append(f"{outcome.runner.ledger.steps['eager']} decode steps ran eagerly.")
+    return found

@@ -1,0 +1,51 @@
+"""Run decode from a static key-value cache with one compiled graph a batch size.
+
+Generation then launches one precompiled step a token instead of hundreds of small operators. Unquantized bfloat16
+layers on a processor without bfloat16 matrix instructions move to our own kernel at the same time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import nn
+
+from optimizer.backends.linear import DenseLinear
+from optimizer.backends.runner import BaseRunner, CompiledRunner
+from optimizer.errors import RecipeError
+from optimizer.passes.base import Context, PassReport, stopwatch
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Serve through a `CompiledRunner` of `max_context` tokens (the workload's length unless given)."""
+
+    name: ClassVar[str] = "decode"
+    stored: ClassVar[bool] = False
+    max_context: int | None = None
+    compile: bool = True
+    required: bool = True
+
+    def check(self, model: nn.Module, ctx: Context) -> None:
+        """The context must be one that the model has positions for."""
+        del ctx
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if self.max_context is not None and not 1 < self.max_context <= (limit or self.max_context):
+            raise RecipeError(f"decode.max_context is {self.max_context}; the model has positions for 2 to {limit}.")
+
+    def run(self, model: nn.Module, ctx: Context) -> PassReport:
+        """Choose kernels for the remaining dense layers, and set the runner that the pipeline will build."""
+        with stopwatch() as seconds:
+            dense = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and DenseLinear.suits(m)]
+            for name, linear in dense:
+                model.set_submodule(name, DenseLinear(linear))
+            context = self.max_context or ctx.max_context
+            ctx.make_runner = partial(_runner, max_context=context, compile=self.compile)
+        notes = (f"{len(dense)} dense layers run on bf16_linear",) if dense else ()
+        return PassReport(self.name, 1, 1, notes=notes, seconds=seconds())
+
+
+def _runner(model: nn.Module, tokenizer: Any, *, max_context: int | None, compile: bool) -> BaseRunner:
+    return CompiledRunner(model, tokenizer, max_context=max_context, compile=compile)
