@@ -1,8 +1,8 @@
 """Makes a Hugging Face language model smaller and faster, with proof.
 
-    from optimizer import optimize
-    result = optimize("path/or/hub-id")
-    result.save("artifact/")
+from optimizer import optimize
+result = optimize("path/or/hub-id")
+result.save("artifact/")
 """
 
 from importlib import import_module

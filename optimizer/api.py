@@ -74,9 +74,7 @@ class Result:
             )
             (folder / "README.md").write_text(card, encoding="utf-8")
 
-        source = SourceRecord(
-            name=outcome.source.name, revision=outcome.source.revision, digest=outcome.source.digest
-        )
+        source = SourceRecord(name=outcome.source.name, revision=outcome.source.revision, digest=outcome.source.digest)
         seeds = {"recipe": recipe.seed, "evaluation": recipe.evaluation.seed}
         info = ManifestInfo(source=source, verdict=report.verdict, seeds=seeds)
         write_artifact(out, build=build, manifest=info, required_bytes=outcome.weight_bytes)
@@ -146,6 +144,3 @@ def _refuse_calibration(recipe: Recipe) -> None:
 
     names = ", ".join(step.name for step in recipe.build_passes())
     raise DataError(f"calibration was given, but no pass of recipe {recipe.name!r} calibrates ({names}). Leave it out.")
-
-
-

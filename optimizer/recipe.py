@@ -99,7 +99,9 @@ class Recipe(_Strict):
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe {path} cannot be read: {error}. Built-in recipes: {', '.join(builtin())}.") from None
+            raise RecipeError(
+                f"recipe {path} cannot be read: {error}. Built-in recipes: {', '.join(builtin())}."
+            ) from None
         except yaml.YAMLError as error:
             raise RecipeError(f"recipe {path} is not valid YAML: {error}.") from None
         return cls.from_dict(data, str(path))
@@ -115,7 +117,9 @@ class Recipe(_Strict):
             return cls.from_yaml(recipe)
         near = difflib.get_close_matches(str(recipe), builtin(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"unknown recipe {str(recipe)!r}.{hint} Built in: {', '.join(builtin())}; or give a .yaml file.")
+        raise RecipeError(
+            f"unknown recipe {str(recipe)!r}.{hint} Built in: {', '.join(builtin())}; or give a .yaml file."
+        )
 
     def build_passes(self) -> list[Pass]:
         """The passes with their options; an unknown one raises `RecipeError`."""
@@ -144,7 +148,11 @@ def _explain(item: Any) -> str:
     """One pydantic error in words: where, what, and for an unknown key the nearest that exists."""
     place = ".".join(map(str, item["loc"]))
     if item["type"] != "extra_forbidden":
-        return f"{place}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})" if place else str(item["msg"])
+        return (
+            f"{place}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
+            if place
+            else str(item["msg"])
+        )
     model: Any = Recipe
     for step in item["loc"][:-1]:
         if not isinstance(step, int):

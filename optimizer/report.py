@@ -423,7 +423,12 @@ class Report(_Entry):
         return path
 
 
-_SPEED = (("ttft.speedup", "TTFT"), ("decode.speedup", "TPOT"), ("throughput.speedup", "Throughput"), ("decode.mbu", "MBU"))
+_SPEED = (
+    ("ttft.speedup", "TTFT"),
+    ("decode.speedup", "TPOT"),
+    ("throughput.speedup", "Throughput"),
+    ("decode.mbu", "MBU"),
+)
 
 
 def _speed_rows(cell: SpeedCell) -> list[_Row]:

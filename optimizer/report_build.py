@@ -40,6 +40,7 @@ from optimizer.report import (
     SpeedCell,
 )
 
+
 def build_report(outcome: Outcome) -> Report:
     """The report of a finished job."""
     verdict = outcome.verdict
@@ -92,7 +93,9 @@ def _summary(outcome: Outcome, missed: list[str]) -> str:
     speed, size = outcome.speed, outcome.weight_bytes / outcome.baseline_weight_bytes
     gain = f"decode {speed.decode.median:.2f}× faster, weights {size:.2f}× the size"
     if missed:
-        return f"Not released: {len(missed)} of {len(outcome.verdict.floors)} floors missed ({', '.join(missed)}); {gain}."
+        return (
+            f"Not released: {len(missed)} of {len(outcome.verdict.floors)} floors missed ({', '.join(missed)}); {gain}."
+        )
     return f"All {len(outcome.verdict.floors)} floors held: {gain}."
 
 

@@ -68,7 +68,9 @@ class Quantize:
             for done, (name, linear) in enumerate(chosen.items()):
                 changes.append(self._replace(model, name, linear))
                 ctx.progress(f"quantize {self.format.name}", done + 1, len(chosen))
-        skipped = tuple(Skip(name, self._reason(name, module)) for name, module in linears.items() if name not in chosen)
+        skipped = tuple(
+            Skip(name, self._reason(name, module)) for name, module in linears.items() if name not in chosen
+        )
         return PassReport(
             self.name, len(changes), len(chosen), skipped, tuple(changes), seconds=seconds(),
             bytes_before=sum(c.bytes_before for c in changes), bytes_after=sum(c.bytes_after for c in changes),

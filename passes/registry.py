@@ -24,7 +24,9 @@ def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
     valid = [f.name for f in dataclasses.fields(kind) if f.init]
     for option in options:
         if option not in valid:
-            raise RecipeError(f"{name}: unknown option {option!r}.{nearest(option, valid)} Options: {', '.join(valid)}.")
+            raise RecipeError(
+                f"{name}: unknown option {option!r}.{nearest(option, valid)} Options: {', '.join(valid)}."
+            )
     for f in dataclasses.fields(kind):
         if f.init and f.name in options:
             _check_type(f"{name}.{f.name}", options[f.name], str(f.type))

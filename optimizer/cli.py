@@ -1,0 +1,319 @@
+"""The `optimizer` command. Results go to stdout, everything else to stderr; `--json` prints one JSON document.
+
+Exit codes: 0 passed, 1 a floor was missed, 2 usage or configuration, 3 a failure while running. Heavy libraries are
+imported by the command that needs them, so `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="optimizer",
+    help="Make a Hugging Face language model smaller and faster, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A local folder, a hub id, or `reference` for the embedded model.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+RemoteCode = Annotated[bool, typer.Option(help="Run Python code that the model's repository ships.")]
+
+
+@app.command()
+def run(
+    model: Model = "reference",
+    recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")] = "default",
+    out: Annotated[Path | None, typer.Option(help="Folder for the artifact; its report lies beside it.")] = None,
+    device: Device = "auto",
+    ungated: Annotated[
+        bool, typer.Option(help="Write the artifact though floors were missed, marked UNGATED.")
+    ] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Optimize a model, measure it against the original, and release it if every floor holds."""
+    from optimizer.display import print_table, progress_for
+
+    with _errors_to_exit(as_json):
+        from optimizer.api import optimize
+        from optimizer.artifact import check_output
+
+        if out is not None:
+            check_output(out / "artifact")
+        progress = progress_for(quiet)
+        with progress:
+            result = optimize(
+                model, recipe, device=device, progress=progress, trust_remote_code=trust_remote_code,
+                out=None if out is None else out / "artifact",
+            )  # fmt: skip
+            if out is not None and ungated and not result.passed:
+                result.save(out / "artifact", ungated=True)
+        report = result.report
+        if ungated and not result.passed:
+            report = report.model_copy(update={"verdict": "ungated"})
+        written = []
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            written = [str(report.save(out / f"report.{kind}")) for kind in ("html", "md", "json")]
+        if as_json:
+            typer.echo(report.to_json())
+        else:
+            print_table(report)
+            for floor in report.failed_floors:
+                typer.echo(f"missed: {floor.metric}: {floor.reason}")
+            typer.echo(report.summary)
+            if written:
+                saved = result.passed or ungated
+                typer.echo(f"artifact: {out / 'artifact' if saved and out else 'none, the gate refused it'}")
+                typer.echo(f"report:   {written[0]}")
+    raise typer.Exit(0 if result.passed or ungated else 1)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the built-in recipes."""
+    with _errors_to_exit(as_json):
+        from optimizer.recipe import Recipe, builtin
+
+        found = {name: Recipe.from_yaml(path) for name, path in builtin().items()}
+        if as_json:
+            typer.echo(json.dumps({name: recipe.model_dump(mode="json") for name, recipe in found.items()}, indent=2))
+            return
+        for name, recipe in found.items():
+            typer.echo(f"{name:<12} {recipe.description}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = "reference",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "reference_perplexity,"
+    "reference_next_line,reference_cloze",
+    limit: Annotated[int | None, typer.Option(help="Items of each task (all unless given).", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure quality with lm-eval: a model folder, a hub id, or an artifact on the runner that serves it."""
+    from optimizer.display import progress_for
+
+    with _errors_to_exit(as_json):
+        from optimizer.evals.quality import evaluate as measure
+        from optimizer.pipeline import WINDOW
+
+        progress = progress_for(quiet)
+        with progress:
+            with progress.phase("load"):
+                runner = _runner(model, device, trust_remote_code)
+            with progress.phase("quality"):
+                found = measure(
+                    runner, runner.tokenizer, tasks.split(","), limit=limit, batch_size=batch_size,
+                    max_length=WINDOW, progress=progress.update,
+                )  # fmt: skip
+        rows = [
+            {"task": m.task, "metric": m.metric, "value": m.value, "stderr": m.stderr, "documents": len(m.documents)}
+            for m in found.metrics
+        ]
+        if as_json:
+            typer.echo(json.dumps({"model": model, "metrics": rows, "non_finite": found.non_finite}, indent=2))
+            return
+        for row in rows:
+            spread = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+            typer.echo(
+                f"{row['task']:<24} {row['metric']:<18} {row['value']:.4f}{spread}  ({row['documents']} documents)"
+            )
+
+
+@app.command()
+def bench(
+    model: Model = "reference",
+    against: Annotated[str | None, typer.Option(help="A second model or artifact, timed in the same rounds.")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    prompt: Annotated[int, typer.Option(min=1)] = 128,
+    output: Annotated[int, typer.Option(min=2)] = 64,
+    repeats: Annotated[int, typer.Option(min=3)] = 5,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time generation: TTFT, TPOT and throughput, interleaved when two models are given."""
+    from optimizer.display import progress_for
+
+    with _errors_to_exit(as_json):
+        from dataclasses import asdict
+
+        from optimizer.evals.timing import Workload, measure_generation, ratio
+
+        progress = progress_for(quiet)
+        names = [model] + ([against] if against else [])
+        if against == model:
+            names[1] = f"{model} (again)"
+        with progress:
+            with progress.phase("load"):
+                loaded = [_runner(path, device, trust_remote_code) for path in (model, against) if path]
+                runners = dict(zip(names, loaded, strict=True))
+            with progress.phase("speed"):
+                timings = measure_generation(runners, Workload(batch, prompt, output), repeats=repeats)
+        speedup = None
+        if against:
+            first, second = (timings[name] for name in names)
+            speedup = ratio(first.tpot_rounds, second.tpot_rounds)
+        if as_json:
+            document: dict[str, Any] = {
+                "workload": {"batch": batch, "prompt": prompt, "output": output},
+                "runners": {
+                    name: {"ttft_seconds": asdict(t.ttft), "tpot_seconds": asdict(t.tpot),
+                           "tokens_per_second": t.tokens_per_second} for name, t in timings.items()
+                },
+                "decode_speedup": None if speedup is None else asdict(speedup),
+            }  # fmt: skip
+            typer.echo(json.dumps(document, indent=2))
+            return
+        for name, t in timings.items():
+            typer.echo(
+                f"{name}: TTFT {t.ttft.p50 * 1e3:.1f} ms, TPOT p50 {t.tpot.p50 * 1e3:.2f} p95 {t.tpot.p95 * 1e3:.2f} "
+                f"p99 {t.tpot.p99 * 1e3:.2f} ms, {t.tokens_per_second:.1f} tok/s"
+            )
+        if speedup is not None:
+            typer.echo(
+                f"decode: {names[1]} is {speedup.median:.2f}× {names[0]} [{speedup.low:.2f}, {speedup.high:.2f}]"
+            )
+
+
+@app.command()
+def roofline(
+    model: Annotated[str | None, typer.Argument(help="A model folder or config.json.")] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Instead of a model: its number of parameters, e.g. 70e9.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=0, help="With --params.")] = 0,
+    d_model: Annotated[int, typer.Option(min=0, help="With --params.")] = 0,
+    heads: Annotated[int, typer.Option(min=0, help="With --params.")] = 0,
+    kv_heads: Annotated[int, typer.Option(min=0, help="With --params.")] = 0,
+    head_dim: Annotated[int, typer.Option(min=0, help="With --params.")] = 0,
+    gpu: Annotated[str, typer.Option(help="V100, A100, H100, H200, B200, or `measured` for this machine.")] = "H100",
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 4, 8 or 16.")] = 16,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a 16-bit scale.")] = None,
+    kv_bits: Annotated[int, typer.Option(help="Bits of a cached key or value.")] = 16,
+    prompt: Annotated[int, typer.Option(min=1)] = 4096,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    context: Annotated[int, typer.Option(min=0, help="Tokens cached before a decode step.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The floor under prefill and decode times: FLOPs, bytes, intensity, and what bounds them."""
+    with _errors_to_exit(as_json):
+        from optimizer.roofline_command import analyse, describe
+
+        found = analyse(
+            model, params, {"layers": layers, "d_model": d_model, "heads": heads, "kv_heads": kv_heads,
+                            "head_dim": head_dim},
+            gpu=gpu, bits=bits, group_size=group_size, kv_bits=kv_bits, prompt=prompt, batch=batch, context=context,
+        )  # fmt: skip
+        typer.echo(json.dumps(found, indent=2) if as_json else describe(found))
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="An artifact.")], as_json: Json = False) -> None:
+    """Check every file of an artifact against its manifest, and name those that differ."""
+    with _errors_to_exit(as_json):
+        from optimizer.artifact import read_manifest, verify_artifact
+
+        manifest, wrong = read_manifest(folder), verify_artifact(folder)
+        if as_json:
+            problems = [{"path": item.path, "problem": item.problem} for item in wrong]
+            document = {"digest": manifest.digest, "verdict": manifest.verdict, "mismatches": problems}
+            typer.echo(json.dumps(document, indent=2))
+        else:
+            for item in wrong:
+                typer.echo(f"{item.path}: {item.problem}")
+            state = (
+                f"{len(wrong)} of {len(manifest.files)} files differ" if wrong else f"{len(manifest.files)} files match"
+            )
+            typer.echo(f"{state}; verdict {manifest.verdict.upper()}, digest {manifest.digest}")
+    raise typer.Exit(3 if wrong else 0)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run, and why not the rest."""
+    with _errors_to_exit(as_json):
+        from optimizer.doctor import checks
+
+        found = checks()
+        if as_json:
+            typer.echo(json.dumps([vars(check) for check in found], indent=2))
+            return
+        for check in found:
+            typer.echo(f"{'ok' if check.ok else 'no':<3} {check.name:<22} {check.detail}")
+
+
+def _runner(model: str, device: str, trust_remote_code: bool) -> Any:
+    """An artifact on the runner it is served by; any other model as Hugging Face runs it."""
+    from optimizer.artifact import MANIFEST
+    from optimizer.backends.runner import EagerRunner
+    from optimizer.pipeline import choose_device
+    from optimizer.source import load_source
+
+    if (Path(model) / MANIFEST).is_file():
+        from optimizer.api import load
+
+        return load(model, device=device)
+    source = load_source(model, device=choose_device(device), trust_remote_code=trust_remote_code)
+    return EagerRunner(source.model, source.tokenizer)
+
+
+class _errors_to_exit:  # noqa: N801 (reads as a statement)
+    """Print a typed error as one line (or a JSON object) on stderr and leave with its exit code.
+
+    Anything else is a defect: it keeps its traceback, and leaves with 3 like every failure while running.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        from optimizer.errors import OptimizerError
+
+        if isinstance(error, OptimizerError):
+            self._leave(type(error).__name__, str(error), error.exit_code)
+        if isinstance(error, KeyboardInterrupt):
+            self._leave("Interrupted", "interrupted", 130)
+        if isinstance(error, Exception) and not isinstance(error, typer.Exit | typer.Abort):
+            import traceback
+
+            traceback.print_exception(error)
+            self._leave(type(error).__name__, str(error) or "no message", 3)
+
+    def _leave(self, kind: str, message: str, code: int) -> NoReturn:
+        text = json.dumps({"error": kind, "message": message}) if self.as_json else f"error: {message}"
+        typer.echo(text, err=True)
+        raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the `optimizer` command."""
+    try:
+        app()
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
