@@ -2,6 +2,8 @@
 
 Storage is transformers' `StaticCache`, which the models' own forward writes to. A prompt is run against a dynamic
 cache first, at its own length, and copied in: attention over the whole static buffer would cost the full capacity.
+Sliding-window layers keep every token here and leave the window to the attention mask: transformers' own rolling
+layer counts in Python integers, which a compiled step would freeze at their first value.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ class StaticKeyValueCache:
 
     def __init__(self, config: Any, batch: int, capacity: int, device: torch.device) -> None:
         from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
 
         self.batch, self.capacity = batch, capacity
         self.cache = StaticCache(config=config, max_cache_len=capacity)
+        self.cache.layers = [StaticLayer(capacity) if layer.is_sliding else layer for layer in self.cache.layers]
         self.mask = torch.ones(batch, capacity, dtype=torch.long, device=device)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         for static in (self.mask, self.position):
@@ -40,15 +44,9 @@ class StaticKeyValueCache:
             mask = _repeat_last(mask, spare)
             keys_values = [(_repeat_last(k, spare), _repeat_last(v, spare)) for k, v in keys_values]
         self._fill(keys_values)
-        self._expect(mask)
-
-    def start(self, mask: Tensor) -> Any:
-        """Empty the cache for a prompt that will be written to it directly; returns transformers' cache."""
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.reset()
-        self._expect(mask)
-        return self.cache
+        self.mask.fill_(1)
+        self.mask[:, : mask.shape[1]] = mask
+        self.position[:, 0] = mask.sum(-1)
 
     def take_over(self, smaller: StaticKeyValueCache) -> None:
         """Continue where a full cache of smaller capacity stands."""
@@ -56,11 +54,6 @@ class StaticKeyValueCache:
         self.mask.fill_(1)
         self.mask[:, : smaller.capacity] = smaller.mask
         self.position.copy_(smaller.position)
-
-    def _expect(self, mask: Tensor) -> None:
-        self.mask.fill_(1)
-        self.mask[:, : mask.shape[1]] = mask
-        self.position[:, 0] = mask.sum(-1)
 
     def _fill(self, keys_values: list[tuple[Tensor, Tensor]]) -> None:
         for layer, (keys, values) in zip(self.cache.layers, keys_values, strict=True):
@@ -74,6 +67,16 @@ class StaticKeyValueCache:
         """Bytes that keys and values occupy."""
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
         return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+
+
+def prompt_cache(config: Any) -> Any:
+    """transformers' dynamic cache as `load` takes it: every token kept, in sliding-window layers too."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=config)
+    cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in cache.layers]
+    return cache
 
 
 def _repeat_last(tensor: Tensor, times: int) -> Tensor:

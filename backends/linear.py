@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("data", pack_int4(weight.q) if packed else weight.q.contiguous())
         self.register_buffer("scale", weight.scale.float().contiguous())
         self.register_buffer("zero", None if weight.zero is None else weight.zero.float().contiguous())
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", None if bias is None else bias.detach())
         if not self.blocked:
             self.op = w8a16_linear_ref
         else:
@@ -55,7 +55,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., K]` to `[..., N]`, rounded once to the type of `x`."""
-        return self.op(x, self.data, self.scale, self.zero, self.bias)  # type: ignore[no-any-return]
+        return self.op(x, self.data, self.scale, self.zero, self.bias)
 
     @property
     def weight_bytes(self) -> int:
@@ -69,6 +69,7 @@ class QuantizedLinear(nn.Module):
         return QuantizedWeight(q, self.scale.to(self.scale_dtype), zero, self.format)
 
     def extra_repr(self) -> str:
+        """Shape, format and kernel, as `print(model)` shows them."""
         return f"{self.in_features} -> {self.out_features}, {self.format.name}, {self.kernel}"
 
 
@@ -111,26 +112,26 @@ class MergedLinear(nn.Module):
 
     The layers' places in the model are taken by `MergedSlice` modules. The first to see an input runs the whole
     product, the others take their rows of it, so the model's own forward stays as it is. A slice called with some
-    other input simply runs again: sharing is an optimization and never an assumption. The last slice drops the
-    activation, so nothing outlives the layer.
+    other input simply runs again: sharing is an optimization and never an assumption. So is one whose input was
+    written to in between; only a compiled graph and inference tensors, which count no versions, cannot tell. The
+    last slice drops the activation, so nothing outlives the layer.
     """
 
     def __init__(self, linear: nn.Module, sizes: list[int]) -> None:
         super().__init__()
         self.linear = linear
         self.bounds = [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
-        self.input: Tensor | None = None
-        self.output: Tensor | None = None
+        self.memo: tuple[Tensor, int, Tensor] | None = None  # input, its version, output
 
     def part(self, x: Tensor, index: int) -> Tensor:
         """Rows `bounds[index]` of the product with `x [..., K]`."""
-        if self.input is not x or self.output is None:
-            self.input, self.output = x, self.linear(x)
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        memo = self.memo
+        if memo is None or memo[0] is not x or memo[1] != version:
+            memo = (x, version, self.linear(x))
+        self.memo = None if index == len(self.bounds) - 1 else memo
         start, stop = self.bounds[index]
-        out = self.output[..., start:stop]
-        if index == len(self.bounds) - 1:
-            self.input = self.output = None
-        return out
+        return memo[2][..., start:stop]
 
 
 class MergedSlice(nn.Module):
@@ -167,7 +168,7 @@ class MergedSlice(nn.Module):
         """This layer's own bias."""
         start, stop = self.bounds
         bias = self.group.linear.bias
-        return None if bias is None else bias[start:stop]  # type: ignore[index, return-value]
+        return None if bias is None else bias[start:stop]  # type: ignore[index]
 
 
 LINEARS = (nn.Linear, QuantizedLinear, DenseLinear, MergedSlice)
@@ -190,10 +191,10 @@ def layer_kernel(module: nn.Module) -> str:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer by the name it has in the checkpoint, in the model's order."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    merged = tuple(f"{name}.group." for name, module in modules.items() if isinstance(module, MergedSlice))
     return {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LINEARS) and ".group." not in f".{name}."
+        name: module for name, module in modules.items() if isinstance(module, LINEARS) and not name.startswith(merged)
     }
 
 

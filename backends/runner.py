@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimizer.backends.kv_cache import StaticKeyValueCache
+from optimizer.backends.kv_cache import StaticKeyValueCache, prompt_cache
 from optimizer.backends.linear import layer_kernel, linear_layers, weight_bytes
 from optimizer.backends.sampling import Sampling, sample
 from optimizer.errors import UsageError
@@ -37,19 +38,29 @@ class Ledger:
         return dict(Counter(self.kernels.values()).most_common())
 
 
+@contextmanager
+def _recording_nothing() -> Iterator[None]:
+    """No autograd graph, whatever the caller's mode; nor inference tensors, which a later step could not write to."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class BaseRunner:
     """Input checks, generation and text handling; subclasses say how a prompt and a step are run."""
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, max_context: int | None = None) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.config: Any = model.config
+        config: Any = model.config
+        self.config: Any = config
         self.device = next(model.parameters()).device
         self.vocab_size = int(self.config.get_text_config().vocab_size)
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        self.max_context = min(max_context or limit or 2**31, limit or 2**31)
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        if max_context is not None and max_context < 1:
+            raise UsageError(f"Invalid max_context {max_context}. A context has at least one token.")
+        self.max_context = min(max_context or limit, limit)
         self.ledger = Ledger(kernels={name: layer_kernel(module) for name, module in linear_layers(model).items()})
-        self._weight_bytes = weight_bytes(model)
+        self._weight_bytes = weight_bytes(model) - _looked_up_bytes(model)
         self._context = 0
 
     def reset(self, batch: int) -> None:
@@ -62,10 +73,11 @@ class BaseRunner:
         """Run the prompt `[B, S]`; logits `[B, V]`, or `[B, S, V]` with `all_logits`, in float32."""
         tokens, mask = self._checked(tokens, mask)
         self.reset(tokens.shape[0])
-        self._context = tokens.shape[1]
         self.ledger.steps["prefill"] += 1
-        with torch.no_grad():
-            return self._prefill(tokens, mask, all_logits)
+        with _recording_nothing():
+            logits = self._prefill(tokens, mask, all_logits)
+        self._context = tokens.shape[1]
+        return logits
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Append `tokens [B]` to the rows; logits `[B, V]` in float32."""
@@ -76,8 +88,8 @@ class BaseRunner:
         if self._context >= self.max_context:
             raise UsageError(f"the context is full at {self.max_context} tokens. Give the runner a larger max_context.")
         self._context += 1
-        with torch.no_grad():
-            return self._decode(tokens.to(self.device))
+        with _recording_nothing():
+            return self._decode(tokens.to(self.device, torch.long).contiguous())
 
     def generate(
         self,
@@ -101,11 +113,29 @@ class BaseRunner:
         tokens, mask = self._checked(tokens, mask)
         sampling = Sampling(temperature, top_k, top_p)
         self._check_room(tokens.shape[1], max_new_tokens)
+        ends = torch.tensor(_as_list(eos_token_id), dtype=torch.long, device=self.device)
+        if temperature == 0 and not ends.numel():
+            return self._greedy(tokens, mask, max_new_tokens, on_token)
+        return self._sampled(tokens, mask, max_new_tokens, sampling, ends, seed, on_token)
+
+    def _greedy(self, tokens: Tensor, mask: Tensor, new: int, on_token: OnToken | None) -> Tensor:
+        """Exactly `new` most likely tokens a row."""
+        return self._sampled(tokens, mask, new, Sampling(), tokens.new_empty(0), None, on_token)
+
+    def _sampled(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        max_new: int,
+        sampling: Sampling,
+        ends: Tensor,
+        seed: int | None,
+        on_token: OnToken | None,
+    ) -> Tensor:
         generator = None
-        if temperature > 0:
+        if sampling.temperature > 0:
             generator = torch.Generator(self.device)
             generator.manual_seed(seed) if seed is not None else generator.seed()
-        ends = torch.tensor(_as_list(eos_token_id), dtype=torch.long, device=self.device)
         done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=self.device)
         produced: list[Tensor] = []
         logits = self.prefill(tokens, mask)
@@ -117,7 +147,7 @@ class BaseRunner:
             produced.append(new)
             if on_token is not None:
                 on_token(new)
-            if len(produced) == max_new_tokens or (ends.numel() and bool(done.all())):
+            if len(produced) == max_new or (ends.numel() and bool(done.all())):
                 return torch.cat([tokens, torch.stack(produced, 1)], 1)
             logits = self.decode(new)
 
@@ -133,7 +163,10 @@ class BaseRunner:
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in out.tolist()]
 
     def bytes_per_step(self, batch: int, context: int) -> int:
-        """The fewest bytes one decode step must move: every weight once, and every row's keys and values."""
+        """The fewest bytes one decode step must move: every weight once, and every row's keys and values.
+
+        Of an embedding that is not the head as well, a step looks up single rows; they are not counted.
+        """
         return self._weight_bytes + batch * context * self.kv_bytes_per_token
 
     @property
@@ -152,6 +185,9 @@ class BaseRunner:
     def _checked(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise UsageError(f"tokens must be [batch, length] with at least one of each, got {list(tokens.shape)}.")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise UsageError(f"tokens must be integers, got {tokens.dtype}.")
+        tokens = tokens.long()
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             raise UsageError(f"token {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}.")
@@ -171,11 +207,8 @@ class BaseRunner:
                 "Shorten them, or give the runner a larger max_context (the recipe's `decode` pass has the option)."
             )
 
-    def _run_prompt(self, tokens: Tensor, mask: Tensor, all_logits: bool, cache: Any = None) -> tuple[Tensor, Any]:
-        """The model's own forward over the whole prompt, into a fresh dynamic cache unless one is given."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.config) if cache is None else cache
+    def _run_prompt(self, tokens: Tensor, mask: Tensor, all_logits: bool, cache: Any) -> Tensor:
+        """The model's own forward over the whole prompt, which fills `cache`."""
         out = self.model(
             input_ids=tokens,
             attention_mask=mask,
@@ -185,7 +218,7 @@ class BaseRunner:
             logits_to_keep=0 if all_logits else 1,
         )
         logits = out.logits.float()
-        return (logits if all_logits else logits[:, -1]), cache
+        return logits if all_logits else logits[:, -1]
 
     def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
         raise NotImplementedError
@@ -201,9 +234,10 @@ class EagerRunner(BaseRunner):
     """
 
     def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
-        self._mask = mask
-        logits, self._cache = self._run_prompt(tokens, mask, all_logits)
-        return logits
+        from transformers import DynamicCache
+
+        self._mask, self._cache = mask, DynamicCache(config=self.config)
+        return self._run_prompt(tokens, mask, all_logits, self._cache)
 
     def _decode(self, tokens: Tensor) -> Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(self._batch, 1)], 1)
@@ -217,24 +251,28 @@ class EagerRunner(BaseRunner):
         )
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
-    def generate(self, tokens: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Greedy requests without an end token go to `model.generate`, what a user would call; others to our loop."""
-        on_token, new = options.get("on_token"), options.get("max_new_tokens", 128)
-        if options.get("temperature") or options.get("eos_token_id") is not None:
-            return super().generate(tokens, mask, **options)
-        tokens, mask = self._checked(tokens, mask)
-        self._check_room(tokens.shape[1], new)
-        with torch.no_grad():
-            out = self.model.generate(  # type: ignore[operator]
-                tokens,
-                attention_mask=mask,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=self.config.get_text_config().pad_token_id or 0,
-                streamer=None if on_token is None else _Streamer(on_token),
-            )
+    def _greedy(self, tokens: Tensor, mask: Tensor, new: int, on_token: OnToken | None) -> Tensor:
+        """Greedy requests without an end token go to `model.generate`, what a user would call.
+
+        The model's generation defaults are set aside meanwhile: an end token would stop it early, and a repetition
+        penalty would make its tokens another task than the one the compiled runner is measured on.
+        """
+        from transformers import GenerationConfig
+
+        model: Any = self.model
+        defaults, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
+        try:
+            with torch.no_grad():
+                out = model.generate(
+                    tokens,
+                    attention_mask=mask,
+                    max_new_tokens=new,
+                    do_sample=False,
+                    use_cache=True,
+                    streamer=None if on_token is None else _Streamer(on_token),
+                )
+        finally:
+            model.generation_config = defaults
         self.ledger.steps["prefill"] += 1
         self.ledger.steps["eager"] += new - 1
         return out  # type: ignore[no-any-return]
@@ -272,7 +310,6 @@ class CompiledRunner(BaseRunner):
         self._step: _CompiledStep | None = None
         self._prompt: tuple[Any, Tensor] | None = None
         self._wanted = 0
-        self._sliding = "sliding_attention" in (getattr(self.config.get_text_config(), "layer_types", None) or ())
 
     def warm_up(self, batch: int = 1, context: int = 1) -> None:
         """Compile and run the step of a bucket, so that the first request does not pay for it."""
@@ -288,18 +325,12 @@ class CompiledRunner(BaseRunner):
 
     def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
         spare = bucket(self._batch) - self._batch
-        if spare and (self._sliding or not all_logits):
+        if spare and not all_logits:
             tokens = torch.cat([tokens, tokens[-1:].expand(spare, -1)])
             mask = torch.cat([mask, mask[-1:].expand(spare, -1)])
-        self._step = None
-        if self._sliding:
-            # A dynamic sliding layer keeps only its window, so such prompts are written to the static cache at once.
-            step = self._bucket_for(max(self._wanted, tokens.shape[1] + 1) if self._wanted else self.max_context)
-            logits = self._run_prompt(tokens, mask, all_logits, step.state.start(mask))[0]
-            self._step = step
-        else:
-            logits, cache = self._run_prompt(tokens, mask, all_logits)
-            self._prompt = (cache, mask)
+        cache = prompt_cache(self.config)
+        logits = self._run_prompt(tokens, mask, all_logits, cache)
+        self._prompt, self._step = (cache, mask), None
         return logits[: self._batch]
 
     def _decode(self, tokens: Tensor) -> Tensor:
@@ -331,11 +362,11 @@ class CompiledRunner(BaseRunner):
 
 
 class _CompiledStep:
-    """One decode step at one batch size, compiled at its first call.
+    """One decode step of one bucket, compiled at its first call.
 
-    Later calls skip Dynamo's guards (0.4 ms a step on a six-layer model): everything they would watch belongs to the
-    runner, and the step has a code object of its own, so there is exactly one graph to choose. It therefore cannot
-    recompile.
+    It is compiled without Dynamo's guards (0.4 ms a step on a six-layer model): everything they would watch belongs
+    to the runner, which checks its inputs, and the step has a code object of its own, so there is one graph to
+    choose. It therefore cannot recompile.
     """
 
     def __init__(self, model: nn.Module, state: StaticKeyValueCache, ledger: Ledger, compile: bool) -> None:
@@ -350,16 +381,13 @@ class _CompiledStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         self.ledger.steps[self.kind] += 1
-        if not self.ready:
-            began = time.perf_counter()
-            logits = self.run(self.model, self.state, tokens)
-            self.ledger.compile_seconds += time.perf_counter() - began
-            self.ready = True
-            return logits
-        if self.kind == "eager":
+        if self.ready:
             return self.run(self.model, self.state, tokens)
-        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
-            return self.run(self.model, self.state, tokens)
+        began = time.perf_counter()
+        logits = self.run(self.model, self.state, tokens)
+        self.ledger.compile_seconds += time.perf_counter() - began
+        self.ready = True
+        return logits
 
 
 def _step_forward(model: Any, state: StaticKeyValueCache, tokens: Tensor) -> Tensor:
@@ -376,13 +404,21 @@ def _step_forward(model: Any, state: StaticKeyValueCache, tokens: Tensor) -> Ten
 
 
 def compile_options(device: torch.device) -> dict[str, Any]:
-    """Inductor options of the decode step; on a CPU its C++ wrapper, since a step is many short kernels."""
-    return {"cpp_wrapper": True} if device.type == "cpu" else {}
+    """Inductor options of the decode step: no guards, and on a CPU its C++ wrapper, a step being many short kernels."""
+    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    return options | ({"cpp_wrapper": True} if device.type == "cpu" else {})
 
 
 def bucket(size: int) -> int:
     """The size that is compiled for `size` rows or tokens: the next power of two."""
     return 1 << (size - 1).bit_length()
+
+
+def _looked_up_bytes(model: Any) -> int:
+    """Bytes of an input embedding that no linear layer multiplies by."""
+    table = model.get_input_embeddings().weight
+    multiplied = {getattr(module, "weight", table.new_empty(0)).data_ptr() for module in linear_layers(model).values()}
+    return 0 if table.data_ptr() in multiplied else table.numel() * table.element_size()
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

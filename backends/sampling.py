@@ -30,7 +30,9 @@ class Sampling:
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution `[B, V]` that is drawn from, in float32. Temperature comes first, then top-k, then top-p."""
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    # From the largest down, so that a temperature near 0 tends to greedy and never to inf - inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -38,7 +40,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # a token stays while those above it hold less than top_p
-        ordered = ordered.masked_fill(before >= sampling.top_p, 0)
+        ordered = ordered.masked_fill(before >= max(sampling.top_p, torch.finfo(torch.float32).tiny), 0)
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs

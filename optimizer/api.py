@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from optimizer.artifact import ManifestInfo, SourceRecord, check_output, read_ma
 from optimizer.backends.runner import BaseRunner
 from optimizer.card import model_card
 from optimizer.checkpoint import load_checkpoint, save_checkpoint
-from optimizer.errors import ArtifactError, OptimizerError
+from optimizer.errors import ArtifactError, DataError, OptimizerError
 from optimizer.passes.base import Context
 from optimizer.pipeline import Outcome, apply_passes, choose_device, run
 from optimizer.progress import Progress
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class NotReleased(OptimizerError):
+CALIBRATION_TOKENS = 512
+"""The fewest tokens that calibration may have: one window of the shortest context in use."""
+
+
+class NotReleasedError(OptimizerError):
     """The gate refused the model, so no artifact was written. The report says which floors were missed."""
 
     exit_code = 1
@@ -51,11 +55,13 @@ class Result:
     def save(self, out: str | Path, *, ungated: bool = False) -> Path:
         """Write the artifact: weights, configuration, tokenizer, recipe, report, model card and manifest.
 
-        Raises `NotReleased` when a floor was missed, unless `ungated`, which marks the artifact UNGATED everywhere.
+        Raises `NotReleasedError` when a floor was missed, unless `ungated`, which marks it UNGATED everywhere.
         """
         if not self.passed and not ungated:
             missed = ", ".join(floor.metric for floor in self.report.failed_floors)
-            raise NotReleased(f"the gate refused this model ({missed}). Pass ungated=True to write it marked UNGATED.")
+            raise NotReleasedError(
+                f"the gate refused this model ({missed}). Pass ungated=True to write it marked UNGATED."
+            )
         report = self.report if self.passed else self.report.model_copy(update={"verdict": "ungated"})
         outcome, recipe = self.outcome, self.outcome.recipe
 
@@ -86,7 +92,7 @@ def optimize(
     recipe: str | Path | Recipe = "default",
     *,
     tokenizer: Any = None,
-    calibration: Any = None,
+    calibration: str | Sequence[str] | None = None,
     device: str | None = None,
     out: str | Path | None = None,
     inplace: bool = False,
@@ -107,10 +113,10 @@ def optimize(
     target = choose_device(device)
     if out is not None:
         check_output(out)
-    if calibration is not None:
-        _refuse_calibration(recipe)
     with progress.phase("load"):
         source = load_source(model, tokenizer=tokenizer, device=target, trust_remote_code=trust_remote_code)
+    if calibration is not None:
+        _check_calibration(calibration, source.tokenizer, recipe)
     if out is not None:
         check_output(out, sum(p.numel() * p.element_size() for p in source.model.parameters()))
     outcome = run(source, recipe, inplace=inplace, progress=progress)
@@ -139,8 +145,15 @@ def load(folder: str | Path, *, device: str | None = None, verify: bool = True) 
     return context.make_runner(model, tokenizer)
 
 
-def _refuse_calibration(recipe: Recipe) -> None:
-    from optimizer.errors import DataError
-
+def _check_calibration(calibration: str | Sequence[str], tokenizer: Any, recipe: Recipe) -> None:
+    """`DataError` for text that is empty or too short, and for a recipe that would silently ignore it."""
+    texts = [calibration] if isinstance(calibration, str) else list(calibration)
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError("calibration must be text, or a sequence of texts.")
+    if not "".join(texts).strip():
+        raise DataError("the calibration text is empty. Give text like what the model will be used on.")
+    tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts) if tokenizer is not None else 0
+    if tokens < CALIBRATION_TOKENS:
+        raise DataError(f"the calibration text has {tokens} tokens; at least {CALIBRATION_TOKENS} are needed.")
     names = ", ".join(step.name for step in recipe.build_passes())
     raise DataError(f"calibration was given, but no pass of recipe {recipe.name!r} calibrates ({names}). Leave it out.")

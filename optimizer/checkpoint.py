@@ -14,11 +14,12 @@ safetensors metadata is exactly `{"format": "pt"}`: two keys would be written in
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimizer.backends.linear import QuantizedLinear, linear_layers, stored_weight
 from optimizer.errors import ModelError
@@ -39,16 +40,29 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     if index is not None:
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    quantization = quantization_config(model)
-    config.pop("quantization_config", None)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(model_config(model), indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+        # Not `save_pretrained`: it refuses settings that models in use have, as a temperature beside greedy search.
+        text = model.generation_config.to_json_string()
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def model_config(model: Any) -> dict[str, Any]:
+    """`config.json` of the model as it is: its real type, its quantization, and a quantized head no longer tied."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("quantization_config", "_name_or_path"):  # the source's, and where it lay on this machine
+        config.pop(name, None)
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    if (quantization := quantization_config(model)) is not None:
+        config["quantization_config"] = quantization
+    layers = linear_layers(model)
+    tied = [name.removesuffix(".weight") for name in _tied(model)]
+    if any(isinstance(layers.get(name), QuantizedLinear) for name in tied):
+        config["tie_word_embeddings"] = False
+    return config
 
 
 def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
@@ -64,11 +78,15 @@ def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if not name.startswith(inside):
             tensors[name] = tensor
-    tied = getattr(model, "_tied_weights_keys", None) or {}
-    for name, source in tied.items() if isinstance(tied, dict) else ():
+    for name, source in _tied(model).items():
         if name in tensors and source in tensors and tensors[name].data_ptr() == tensors[source].data_ptr():
             del tensors[name]
     return {name: tensors[name].detach().cpu() for name in sorted(tensors)}
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """The weights that the configuration ties, each with the one it shares."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def packed(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -120,8 +138,11 @@ def quantization_config(model: Any) -> dict[str, Any] | None:
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> Any:
-    """The model of a checkpoint written by `save_checkpoint`, quantized layers on our own kernels."""
-    from accelerate import init_empty_weights
+    """The model of a checkpoint written by `save_checkpoint`, quantized layers on our own kernels.
+
+    Raises `ModelError` when a tensor is missing, is not the model's, or has another shape than the model's.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -135,36 +156,52 @@ def load_checkpoint(folder: Path, device: torch.device) -> Any:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt", device=str(device)) as reader:
             tensors.update({key: reader.get_tensor(key) for key in reader.keys()})  # noqa: SIM118 (not a mapping)
-    _restore_quantized(model, tensors, quantization)
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    weights = _take_quantized(tensors, quantization)
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    _require_same(folder, expected, found | {f"{name}.weight": w.q.shape for name, w in weights.items()}, _tied(model))
+    for name, weight in weights.items():
+        model.set_submodule(name, QuantizedLinear(weight, tensors.pop(f"{name}.bias", None)))
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    unfilled = [name for name, p in model.named_parameters() if p.is_meta]
-    if unfilled or unexpected:
-        raise ModelError(f"{folder}: missing tensors {unfilled[:5]}, unexpected tensors {unexpected[:5]}.")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device).eval()
 
 
-def _restore_quantized(model: nn.Module, tensors: dict[str, Tensor], quantization: dict[str, Any] | None) -> None:
-    """Put a `QuantizedLinear` where the checkpoint holds a packed weight, taking its tensors out of `tensors`."""
+def _require_same(
+    folder: Path, expected: dict[str, torch.Size], found: dict[str, torch.Size], tied: Collection[str]
+) -> None:
+    problems = {
+        "missing": [name for name in expected if name not in found and name not in tied],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [name for name, shape in found.items() if expected.get(name, shape) != shape],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
+        raise ModelError(f"{folder} does not hold the tensors of its config.json ({listed}). Write or copy it again.")
+
+
+def _take_quantized(tensors: dict[str, Tensor], quantization: dict[str, Any] | None) -> dict[str, QuantizedWeight]:
+    """Take the packed weights out of `tensors`, by the name of their layer."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     names = [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]
     groups = (quantization or {}).get("config_groups", {}).values()
+    weights = {}
     for name in names:
         group = next((g for g in groups if name in g["targets"] or "Linear" in g["targets"]), None)
         if group is None:
             raise ModelError(f"{name} is packed, but no config group of the checkpoint targets it.")
         format = Format.from_compressed_tensors(group["weights"])
-        shape = torch.Size(tensors.pop(f"{name}.weight_shape").tolist())
-        q = unpack_from_int32(tensors.pop(f"{name}.weight_packed"), format.bits, shape)
-        scale = tensors.pop(f"{name}.weight_scale")
-        zero = tensors.pop(f"{name}.weight_zero_point", None)
-        if zero is not None:
-            zero = unpack_from_int32(zero, format.bits, scale.shape, packed_dim=0)
-        bias = tensors.pop(f"{name}.bias", None)
-        model.set_submodule(name, QuantizedLinear(QuantizedWeight(q, scale, zero, format), bias))
+        parts = ("weight_shape", "weight_packed", "weight_scale") + (() if format.symmetric else ("weight_zero_point",))
+        if missing := [part for part in parts if f"{name}.{part}" not in tensors]:
+            raise ModelError(f"{name} is packed, but its {', '.join(missing)} is missing. Write or copy it again.")
+        shape, packed, scale, *zeros = (tensors.pop(f"{name}.{part}") for part in parts)
+        q = unpack_from_int32(packed, format.bits, torch.Size(shape.tolist()))
+        zero = unpack_from_int32(zeros[0], format.bits, scale.shape, packed_dim=0) if zeros else None
+        weights[name] = QuantizedWeight(q, scale, zero, format)
+    return weights
 
 
 def _shards(tensors: dict[str, Tensor]) -> tuple[dict[str, list[str]], dict[str, Any] | None]:

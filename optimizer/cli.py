@@ -7,6 +7,8 @@ imported by the command that needs them, so `--help` stays fast.
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -36,7 +38,8 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder for the artifact; its report lies beside it.")] = None,
     device: Device = "auto",
     ungated: Annotated[
-        bool, typer.Option(help="Write the artifact though floors were missed, marked UNGATED.")
+        bool,
+        typer.Option(help="Write the artifact even if floors are missed, marked UNGATED; the exit code is still 1."),
     ] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -73,11 +76,20 @@ def run(
             for floor in report.failed_floors:
                 typer.echo(f"missed: {floor.metric}: {floor.reason}")
             typer.echo(report.summary)
-            if written:
-                saved = result.passed or ungated
-                typer.echo(f"artifact: {out / 'artifact' if saved and out else 'none, the gate refused it'}")
+            if out is not None:
+                typer.echo(f"artifact: {_fate(out / 'artifact', result.passed, ungated)}")
                 typer.echo(f"report:   {written[0]}")
-    raise typer.Exit(0 if result.passed or ungated else 1)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _fate(artifact: Path, passed: bool, ungated: bool) -> str:
+    """Where the artifact is, or why there is none."""
+    if passed:
+        return str(artifact)
+    if ungated:
+        return f"{artifact}, marked UNGATED"
+    earlier = f"; {artifact} is an earlier run's, untouched" if artifact.exists() else ""
+    return f"none, the gate refused it{earlier}"
 
 
 @app.command()
@@ -88,7 +100,7 @@ def recipes(as_json: Json = False) -> None:
 
         found = {name: Recipe.from_yaml(path) for name, path in builtin().items()}
         if as_json:
-            typer.echo(json.dumps({name: recipe.model_dump(mode="json") for name, recipe in found.items()}, indent=2))
+            _echo_json({name: recipe.model_dump(mode="json") for name, recipe in found.items()})
             return
         for name, recipe in found.items():
             typer.echo(f"{name:<12} {recipe.description}")
@@ -127,7 +139,7 @@ def evaluate(
             for m in found.metrics
         ]
         if as_json:
-            typer.echo(json.dumps({"model": model, "metrics": rows, "non_finite": found.non_finite}, indent=2))
+            _echo_json({"model": model, "metrics": rows, "non_finite": found.non_finite})
             return
         for row in rows:
             spread = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
@@ -180,7 +192,7 @@ def bench(
                 },
                 "decode_speedup": None if speedup is None else asdict(speedup),
             }  # fmt: skip
-            typer.echo(json.dumps(document, indent=2))
+            _echo_json(document)
             return
         for name, t in timings.items():
             typer.echo(
@@ -222,7 +234,10 @@ def roofline(
                             "head_dim": head_dim},
             gpu=gpu, bits=bits, group_size=group_size, kv_bits=kv_bits, prompt=prompt, batch=batch, context=context,
         )  # fmt: skip
-        typer.echo(json.dumps(found, indent=2) if as_json else describe(found))
+        if as_json:
+            _echo_json(found)
+        else:
+            typer.echo(describe(found))
 
 
 @app.command()
@@ -234,8 +249,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="An artifact.")], as_json
         manifest, wrong = read_manifest(folder), verify_artifact(folder)
         if as_json:
             problems = [{"path": item.path, "problem": item.problem} for item in wrong]
-            document = {"digest": manifest.digest, "verdict": manifest.verdict, "mismatches": problems}
-            typer.echo(json.dumps(document, indent=2))
+            _echo_json({"digest": manifest.digest, "verdict": manifest.verdict, "mismatches": problems})
         else:
             for item in wrong:
                 typer.echo(f"{item.path}: {item.problem}")
@@ -254,10 +268,23 @@ def doctor(as_json: Json = False) -> None:
 
         found = checks()
         if as_json:
-            typer.echo(json.dumps([vars(check) for check in found], indent=2))
+            _echo_json([vars(check) for check in found])
             return
         for check in found:
             typer.echo(f"{'ok' if check.ok else 'no':<3} {check.name:<22} {check.detail}")
+
+
+def _echo_json(document: Any) -> None:
+    """One JSON document on stdout; a value that is not finite, which JSON cannot say, becomes null."""
+    typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _runner(model: str, device: str, trust_remote_code: bool) -> Any:
@@ -294,6 +321,9 @@ class _errors_to_exit:  # noqa: N801 (reads as a statement)
             self._leave(type(error).__name__, str(error), error.exit_code)
         if isinstance(error, KeyboardInterrupt):
             self._leave("Interrupted", "interrupted", 130)
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away: what a shell calls SIGPIPE
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141)
         if isinstance(error, Exception) and not isinstance(error, typer.Exit | typer.Abort):
             import traceback
 
@@ -308,11 +338,7 @@ class _errors_to_exit:  # noqa: N801 (reads as a statement)
 
 def main() -> None:
     """Entry point of the `optimizer` command."""
-    try:
-        app()
-    except BrokenPipeError:  # the reader of our output went away
-        sys.stderr.close()
-        sys.exit(0)
+    app()
 
 
 if __name__ == "__main__":

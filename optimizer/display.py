@@ -36,7 +36,7 @@ class PlainProgress(Progress):
     def update(self, what: str, done: float, total: float) -> None:
         """Say how far it is, with elapsed and estimated remaining time, every few seconds."""
         now = time.perf_counter()
-        if now - self._said < PLAIN_SECONDS:
+        if now - self._said < PLAIN_SECONDS or total <= 0:
             return
         self._said, elapsed = now, now - self._began
         left = f", about {elapsed / done * (total - done):.0f} s left" if done else ""

@@ -36,7 +36,7 @@ def checks() -> list[Check]:
 
     kernels = cpu_kernels()
     bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
-    found = [
+    return [
         Check("python", (3, 11) <= sys.version_info[:2] <= (3, 13), platform.python_version()),
         *(_package(name) for name in ("torch", "transformers", "compressed-tensors", "lm-eval")),
         Check("cpu", True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
@@ -46,7 +46,6 @@ def checks() -> list[Check]:
         Check("disk", True, f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here"),
         *(_package(DISTRIBUTIONS.get(name, name), remedy, name) for name, remedy in OPTIONAL.items()),
     ]
-    return found
 
 
 def _package(distribution: str, remedy: str = "", name: str | None = None) -> Check:

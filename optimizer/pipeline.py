@@ -105,17 +105,18 @@ def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Prog
     if source.tokenizer is None:
         raise UsageError(f"{source.name} has no tokenizer, which the evaluation needs. Pass tokenizer=.")
     model = source.model
-    baseline = EagerRunner(model, source.tokenizer)
+    baseline = EagerRunner(view(model), source.tokenizer)  # a view: a runner puts its model in eval mode
     workload = Workload(recipe.workload.batch, recipe.workload.prompt, recipe.workload.output)
     context = Context(tokenizer=source.tokenizer, batch=workload.batch, progress=progress.update)
     passes = recipe.build_passes()
     _check_workload(baseline, workload)
-    passes[0].check(model, context)
+    for step in passes:
+        step.check(model, context)
     with progress.phase("measure ceilings"):
         ceilings = measure_ceilings(baseline.device, progress=lambda share: progress.update("probes", share, 1))
     with progress.phase("baseline quality"):
         before = _quality(_reference(baseline), recipe.evaluation, progress)
-    # The view keeps the baseline intact for the timed comparison, and the caller's model with it.
+    # Another view keeps the baseline intact for the timed comparison.
     optimized = view(model)
     reports = apply_passes(optimized, passes, context, progress)
     runner = context.make_runner(optimized, source.tokenizer)

@@ -17,11 +17,12 @@ A recipe is YAML with no surprises: an unknown key, pass or option is refused wi
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 import typing
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: "5" and true are no numbers. No NaN or infinity: neither is a limit, nor a share of anything.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class WorkloadSpec(_Strict):
@@ -48,7 +50,7 @@ class WorkloadSpec(_Strict):
 class EvaluationSpec(_Strict):
     """lm-eval tasks by name, each with how many items to use (null: all)."""
 
-    tasks: dict[str, int | None] = Field(min_length=1)
+    tasks: dict[str, Annotated[int, Field(ge=1)] | None] = Field(min_length=1)
     batch_size: int = Field(default=16, ge=1)
     seed: int = 1234
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
@@ -97,12 +99,12 @@ class Recipe(_Strict):
         """Read a recipe file."""
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(
                 f"recipe {path} cannot be read: {error}. Built-in recipes: {', '.join(builtin())}."
             ) from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number out of range
             raise RecipeError(f"recipe {path} is not valid YAML: {error}.") from None
         return cls.from_dict(data, str(path))
 
@@ -127,14 +129,31 @@ class Recipe(_Strict):
 
         built = []
         for index, spec in enumerate(self.passes):
-            if "name" not in spec:
-                raise RecipeError(f"passes.{index}: a pass needs a name, got {spec!r}.")
+            if not isinstance(spec.get("name"), str):
+                raise RecipeError(f"passes.{index}: a pass needs a name, got {reprlib.repr(spec)}.")
             built.append(build_pass(spec["name"], {key: value for key, value in spec.items() if key != "name"}))
         return built
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only. A key given twice and an alias (which can grow a small file without end) are refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), keys[0])
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {twice!r} occurs twice")
+        return mapping
 
 
 def builtin() -> dict[str, Path]:
@@ -149,7 +168,7 @@ def _explain(item: Any) -> str:
     place = ".".join(map(str, item["loc"]))
     if item["type"] != "extra_forbidden":
         return (
-            f"{place}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
+            f"{place}: {item['msg'].removeprefix('Value error, ')} (got {reprlib.repr(item['input'])})"
             if place
             else str(item["msg"])
         )

@@ -236,7 +236,7 @@ class FloorEntry(_Entry):
     """One floor and its evidence: `rule` in words, `threshold` its number, `value` None when not measured.
 
     `metric` also says which row of `Report.table` it judges: `ttft.speedup`, `decode.speedup`, `throughput.speedup`,
-    `decode.mbu`, `weights.ratio`, `kv.ratio`, or one of `QualityEntry.floor_names`. Any other floor gets a row of its own.
+    `decode.mbu`, `weights.ratio`, `kv.ratio`, or one of `QualityEntry.floor_names`. Any other floor gets its own row.
     """
 
     metric: str

@@ -12,7 +12,7 @@ from typing import Any
 from optimizer import __version__
 from optimizer.artifact import installed_versions
 from optimizer.backends.linear import layer_kernel, linear_layers, stored_weight
-from optimizer.evals.gate import FloorVerdict
+from optimizer.evals.gate import Floor, FloorVerdict
 from optimizer.evals.quality import MetricComparison
 from optimizer.evals.timing import GenerationTiming
 from optimizer.evals.timing import Ratio as TimingRatio
@@ -234,7 +234,7 @@ def _floor(item: FloorVerdict) -> FloorEntry:
     floor, measured = item.floor, item.measurement
     return FloorEntry(
         metric=floor.metric,
-        rule=str(floor),
+        rule=_rule(floor),
         threshold=floor.limit,
         unit=measured.unit if measured else "",
         value=measured.value if measured else None,
@@ -244,6 +244,12 @@ def _floor(item: FloorVerdict) -> FloorEntry:
         passed=item.passed,
         reason=item.reason,
     )
+
+
+def _rule(floor: Floor) -> str:
+    """The condition in words: `≥ 0.97, whole interval`."""
+    sign = "≥" if floor.at_least is not None else "≤"
+    return f"{sign} {floor.limit:g}" + (", whole interval" if floor.bound == "interval" else "")
 
 
 def _warnings(outcome: Outcome) -> list[str]:

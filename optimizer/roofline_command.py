@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ def analyse(
             raise UsageError(f"--{name} is {value}; use one of {', '.join(map(str, valid))}.")
     if (model is None) == (params is None):
         raise UsageError("give either a model folder (or config.json) or --params, and not both.")
-    weights = Precision(bits, group_size, 16) if group_size else Precision(bits)
+    if params is not None and not 1 <= params < math.inf:
+        raise UsageError(f"--params is {params}; give the number of weights, such as 70e9.")
+    if group_size is not None and group_size < 1:
+        raise UsageError(f"--group-size is {group_size}; give at least 1, or leave it out for one group a row.")
+    weights = Precision(bits) if group_size is None else Precision(bits, group_size, 16)
     kv = Precision(kv_bits)
     if params is not None:
         shape = from_parameters(params, weights=weights, kv=kv, **sizes)

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from optimizer.backends.kernels.build import cpu_kernels
+from optimizer.backends.kernels.decode_attention import register
 from optimizer.backends.linear import DenseLinear
 from optimizer.backends.runner import BaseRunner, CompiledRunner
 from optimizer.errors import RecipeError
@@ -41,11 +43,24 @@ class Decode:
             dense = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and DenseLinear.suits(m)]
             for name, linear in dense:
                 model.set_submodule(name, DenseLinear(linear))
+            attention = _use_decode_attention(model)
             context = self.max_context or ctx.max_context
             ctx.make_runner = partial(_runner, max_context=context, compile=self.compile)
-        notes = (f"{len(dense)} dense layers run on bf16_linear",) if dense else ()
-        return PassReport(self.name, 1, 1, notes=notes, seconds=seconds())
+        notes = [f"{len(dense)} dense layers run on bf16_linear"] if dense else []
+        notes.append(attention)
+        return PassReport(self.name, 1, 1, notes=tuple(notes), seconds=seconds())
 
 
 def _runner(model: nn.Module, tokenizer: Any, *, max_context: int | None, compile: bool) -> BaseRunner:
     return CompiledRunner(model, tokenizer, max_context=max_context, compile=compile)
+
+
+def _use_decode_attention(model: Any) -> str:
+    """Switch a model that attends through SDPA to our kernel for single tokens, and say what was done."""
+    config = model.config
+    if config._attn_implementation != "sdpa":
+        return f"attention stays {config._attn_implementation}"
+    if next(model.parameters()).device.type != "cpu" or not cpu_kernels().loaded:
+        return "attention stays sdpa: decode_attention is compiled for CPUs only"
+    config._attn_implementation = register()
+    return "single-token attention runs on decode_attention"

@@ -1,4 +1,4 @@
-"""One matcher for the layers a pass works on: a name, a class, or `re:` with a pattern searched in the name.
+"""One matcher for the layers a pass works on: a name, a class, or `re:` with a pattern for the start of the name.
 
 The same three forms as compressed-tensors' `targets` and `ignore`, so what a recipe says is what the checkpoint says.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -26,7 +26,7 @@ def matches(name: str, module: nn.Module, patterns: Iterable[str]) -> bool:
     return False
 
 
-def check_patterns(layers: dict[str, nn.Module], patterns: Iterable[str], option: str) -> None:
+def check_patterns(layers: Mapping[str, nn.Module], patterns: Iterable[str], option: str) -> None:
     """`RecipeError` for a pattern that matches no layer: a typing slip must not quietly change what is quantized."""
     for pattern in patterns:
         if pattern.startswith("re:"):

@@ -66,7 +66,7 @@ class MergeLinears:
     @staticmethod
     def _difference(layers: list[nn.Linear | QuantizedLinear]) -> str:
         """Why these layers cannot be one product; empty when they can."""
-        aspects = {
+        aspects: dict[str, list[object]] = {
             "kinds": [type(layer).__name__ for layer in layers],
             "input features": [layer.in_features for layer in layers],
             "bias": [layer.bias is not None for layer in layers],
@@ -85,5 +85,5 @@ def _stack(layers: list[nn.Linear | QuantizedLinear]) -> nn.Module:
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return DenseLinear(linear) if DenseLinear.suits(linear) else linear

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -39,7 +39,7 @@ class Quantize:
         object.__setattr__(self, "format", Format(self.bits, self.symmetric, self.group_size))
 
     def check(self, model: nn.Module, ctx: Context) -> None:
-        """Every target exists, has finite weights, and has an input width that the groups fill."""
+        """Every pattern names a layer, and every chosen layer has an input width that the groups fill."""
         del ctx
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         if not linears:
@@ -70,7 +70,7 @@ class Quantize:
                 ctx.progress(f"quantize {self.format.name}", done + 1, len(chosen))
         skipped = tuple(
             Skip(name, self._reason(name, module)) for name, module in linears.items() if name not in chosen
-        )
+        ) + tuple(_other_matrices(model))
         return PassReport(
             self.name, len(changes), len(chosen), skipped, tuple(changes), seconds=seconds(),
             bytes_before=sum(c.bytes_before for c in changes), bytes_after=sum(c.bytes_after for c in changes),
@@ -97,8 +97,17 @@ class Quantize:
         model.set_submodule(name, module)
         shape = (linear.out_features, linear.in_features)
         before = linear.weight.numel() * linear.weight.element_size()
-        error = relative_error(linear.weight, weight)
-        return LayerChange(name, "linear", shape, self.format.name, before, module.weight_bytes, error)
+        lost = relative_error(linear.weight, weight)
+        return LayerChange(name, "linear", shape, self.format.name, before, module.weight_bytes, lost)
+
+
+def _other_matrices(model: nn.Module) -> Iterator[Skip]:
+    """Modules that multiply by a weight but are no `nn.Linear`: fused experts `[E, N, K]`, GPT-2's `Conv1D`, …"""
+    ours = (nn.Linear, nn.Embedding, QuantizedLinear)
+    for name, module in model.named_modules():
+        shapes = [list(p.shape) for p in module.parameters(recurse=False) if p.ndim >= 2]
+        if shapes and not isinstance(module, ours):
+            yield Skip(name, f"{type(module).__name__} with weights {shapes} is not an nn.Linear")
 
 
 def relative_error(weight: torch.Tensor, quantized: QuantizedWeight) -> float:

@@ -40,6 +40,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _check_type(option: str, value: Any, expected: str) -> None:
     ok = isinstance(value, _TYPES[expected]) and not (expected.startswith("int") and isinstance(value, bool))
+    if expected == "Sequence[str]":
+        ok = ok and all(isinstance(item, str) for item in value)
     if not ok:
         raise RecipeError(f"{option}: {value!r} is not of type {expected}.")
 

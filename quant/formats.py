@@ -79,9 +79,14 @@ class Format:
     @classmethod
     def from_compressed_tensors(cls, weights: dict[str, Any]) -> Format:
         """Read a `weights` entry back; `UsageError` for one that this package does not run."""
-        if weights.get("type") != "int" or weights.get("strategy") not in ("channel", "group"):
+        kind, strategy, size = weights.get("type"), weights.get("strategy"), weights.get("group_size")
+        fits = {"channel": size in (None, -1), "group": isinstance(size, int) and size > 0}.get(str(strategy), False)
+        if kind != "int" or not fits:
             raise UsageError(
-                f"weights of type {weights.get('type')!r} with strategy {weights.get('strategy')!r} cannot be loaded. "
-                "Integer weights per channel or per group can."
+                f"weights of type {kind!r} with strategy {strategy!r} and group size {size!r} cannot be loaded. "
+                "Integer weights per channel, or per group of a given size, can."
             )
-        return cls(bits=weights["num_bits"], symmetric=weights["symmetric"], group_size=weights.get("group_size") or -1)
+        bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
+        if not isinstance(bits, int) or not isinstance(symmetric, bool):
+            raise UsageError(f"num_bits {bits!r} and symmetric {symmetric!r} must be a number and a truth value.")
+        return cls(bits=bits, symmetric=symmetric, group_size=size if strategy == "group" else -1)

@@ -8,20 +8,15 @@ weight is widened instead: in registers for fewer than 16 rows, once into a buff
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from optimizer.backends.kernels.library import define
+from optimizer.backends.kernels.linear import float32_linear, linear_fake
 
 
 def bf16_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The specification: float32 product of the exact operands, rounded once."""
-    out = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    return out.to(x.dtype)
+    return float32_linear(x, weight.float(), bias)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-bf16_linear = define("bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", bf16_linear_ref, _fake)
+bf16_linear = define("bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", bf16_linear_ref, linear_fake)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from optimizer.backends.kernels.library import define
+from optimizer.backends.kernels.linear import dequantized_linear, linear_fake
 
 BLOCK = 32
 
@@ -39,23 +40,11 @@ def unpack_int4(data: Tensor) -> Tensor:
 
 def w4a16_linear_ref(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """The specification: decode to float32, multiply, round once to the type of `x`."""
-    return _dequantized_linear(x, unpack_int4(data), scale, zero, bias)
-
-
-def _dequantized_linear(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
-    rows, k = q.shape
-    weight = q.float().view(rows, scale.shape[1], -1)
-    if zero is not None:
-        weight = weight - zero.unsqueeze(-1)
-    weight = (weight * scale.unsqueeze(-1)).view(rows, k)
-    out = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
-    return out.to(x.dtype)
-
-
-def _fake(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], data.shape[0]))
+    return dequantized_linear(x, unpack_int4(data), scale, zero, bias)
 
 
 w4a16_linear = define(
-    "w4a16_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor", w4a16_linear_ref, _fake
+    "w4a16_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor",
+    w4a16_linear_ref,
+    linear_fake,
 )

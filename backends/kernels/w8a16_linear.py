@@ -16,14 +16,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from optimizer.backends.kernels.library import define
-from optimizer.backends.kernels.w4a16_linear import _dequantized_linear, _fake
+from optimizer.backends.kernels.linear import dequantized_linear, linear_fake
 
 
 def w8a16_linear_ref(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """The specification: decode to float32, multiply, round once to the type of `x`."""
-    return _dequantized_linear(x, data, scale, zero, bias)
+    return dequantized_linear(x, data, scale, zero, bias)
 
 
 w8a16_linear = define(
-    "w8a16_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor", w8a16_linear_ref, _fake
+    "w8a16_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor",
+    w8a16_linear_ref,
+    linear_fake,
 )

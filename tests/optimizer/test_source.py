@@ -23,15 +23,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from optimizer.errors import ModelError
-from optimizer.source import (
-    check_finite,
-    check_tokenizer,
-    inspect_checkpoint,
-    is_inside,
-    load_source,
-    model_digest,
-    read_header,
-)
+from optimizer.inspection import inspect_checkpoint, is_inside, read_header
+from optimizer.source import check_finite, check_tokenizer, load_source, model_digest
 from tests.optimizer.tiny_models import byte_tokenizer, llama, tiny_gpt2, tiny_llama
 
 PROMPT = torch.tensor([[3, 50, 7, 90]])

@@ -1,0 +1,1 @@
+"""Side-by-side measurements. Every speed is a ratio of runs interleaved in one process."""

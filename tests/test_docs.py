@@ -1,0 +1,71 @@
+"""What the documents say is true: commands exist, paths exist, figures are those of the committed results."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from benchmarks.decode import markdown
+from optimizer.cli import app
+from optimizer.recipe import builtin
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+
+
+def commands_of(text):
+    return [line for line in text.splitlines() if re.match(r"\s*(optimizer|make) [a-z]", line)]
+
+
+@pytest.mark.parametrize("line", commands_of(README), ids=str)
+def test_each_command_of_the_readme_exists_with_its_options(line):
+    program, name, *rest = line.split("#")[0].split()
+    if program == "make":
+        assert re.search(rf"^{name}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    command = get_command(app).commands[name]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in rest if word.startswith("--")} <= options
+
+
+def test_the_layout_names_every_folder_and_only_those():
+    tree = re.search(r"## Layout\n\n```\n(.*?)```", README, re.DOTALL)[1]
+    named = {line.split("/")[0] for line in tree.splitlines()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {path.split("/")[0] for path in tracked.splitlines() if "/" in path and not path.startswith(".")}
+    assert named == folders
+
+
+def test_the_recipe_table_lists_every_recipe():
+    assert {name for name in builtin() if f"| `{name}` |" in README} == set(builtin())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_the_readme_shows_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/decode-cpu.json").read_text(encoding="utf-8"))
+    assert markdown(result) in README
+
+
+def test_every_gpu_claim_names_a_result_or_says_not_measured():
+    rows = [line for line in (ROOT / "docs/gpu.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert rows
+    for row in rows:
+        _, _, figure, result, _ = (cell.strip() for cell in row.split("|"))
+        assert figure == "not yet measured" or re.search(r"\]\(([^)]+)\)", result), row
+
+
+def test_contributing_explains_each_in_ten_lines():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for thing in ("pass", "kernel", "format"):
+        steps = re.search(rf"## Add a {thing}\n(.*?)(?=\n## |\Z)", text, re.DOTALL)[1]
+        assert len(re.findall(r"^\d+\. ", steps, re.MULTILINE)) == 10
