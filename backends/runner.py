@@ -218,7 +218,7 @@ class BaseRunner:
             logits_to_keep=0 if all_logits else 1,
         )
         logits = out.logits.float()
-        return logits if all_logits else logits[:, -1]
+        return logits if all_logits else logits[:, -1]  # type: ignore[no-any-return]
 
     def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
         raise NotImplementedError

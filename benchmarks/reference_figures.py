@@ -1,6 +1,6 @@
 """Measure the embedded reference model in float32 and write `evals/reference/figures.json`.
 
-    python -m benchmarks.reference_figures
+python -m benchmarks.reference_figures
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ ends at the end of the file, and `end - begin` is what dtype and shape say
 kilobytes whatever the model's size.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -25,9 +27,6 @@ from optimizer.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-if TYPE_CHECKING:
-    pass
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself

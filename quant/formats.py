@@ -89,4 +89,4 @@ class Format:
         bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
         if not isinstance(bits, int) or not isinstance(symmetric, bool):
             raise UsageError(f"num_bits {bits!r} and symmetric {symmetric!r} must be a number and a truth value.")
-        return cls(bits=bits, symmetric=symmetric, group_size=size if strategy == "group" else -1)
+        return cls(bits=bits, symmetric=symmetric, group_size=-1 if size is None else size)

@@ -1,6 +1,6 @@
 """Train the embedded reference model: a small Llama on the source of the Python standard library.
 
-    python evals/reference/train.py --out evals/reference/model --steps 1000
+    python evals/reference/train.py --out evals/reference/model --steps 660
 
 Architecture: Llama (GQA, RMSNorm, SwiGLU, RoPE, tied embeddings), 11.0 M parameters, byte-level BPE of 4096
 tokens. Trained in float32 from a fixed seed, saved in bfloat16. Matrices are updated by Muon (Jordan et al. 2024,
@@ -25,9 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
-WORDS = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # letters with one leading mark, short numbers, punctuation, newlines with indentation kept apart
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # letters with one leading mark, short numbers, punctuation, newlines with indentation kept apart
 CONTEXT = 512
 
 
@@ -179,8 +177,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="evals/reference/model")
     parser.add_argument("--checkpoint", default="reference-checkpoint.pt")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=16, help="sequences of 512 tokens a step")
-    parser.add_argument("--micro", type=int, default=8, help="sequences at a time, to bound memory")
+    parser.add_argument("--steps", type=int, default=660)
+    parser.add_argument("--batch", type=int, default=12, help="sequences of 512 tokens a step")
+    parser.add_argument("--micro", type=int, default=6, help="sequences at a time, to bound memory")
     parser.add_argument("--seed", type=int, default=1)
     train(parser.parse_args())

@@ -163,7 +163,6 @@ def test_the_callers_modes_and_threads_are_left_alone(compiled: CompiledRunner) 
 
 
 def test_a_compiled_bfloat16_model_is_as_exact_as_bfloat16_allows() -> None:
-    exact = llama(num_hidden_layers=1)
     rounded = llama(num_hidden_layers=1).bfloat16()
     widened = llama(num_hidden_layers=1)
     widened.load_state_dict(rounded.state_dict())
@@ -174,11 +173,10 @@ def test_a_compiled_bfloat16_model_is_as_exact_as_bfloat16_allows() -> None:
     eager.prefill(tokens[:, :23])
     got, plain = runner.decode(tokens[:, 23]), eager.decode(tokens[:, 23])
     assert got.dtype == torch.float32
-    # About 12 roundings of 2^-9 in sequence, each of the size of the activations, and half that for the logits' own.
+    # A dozen roundings in sequence (norms, projections, scores, MLP, logits), each at most 2^-8 of the largest value.
     bound = 12 * 2.0**-8 * float(truth.abs().max())
     assert float((got - truth).abs().max()) <= bound
     assert float((plain - truth).abs().max()) <= bound
-    assert float((forward(exact, tokens, mask)[:, 23] - truth).abs().max()) <= bound
 
 
 def test_a_compiled_sliding_window_grows_into_its_window_and_leaves_it() -> None:
@@ -253,7 +251,7 @@ def test_padding_never_changes_a_row(model: Any, runner: BaseRunner) -> None:
 
 def test_requests_do_not_see_each_other(model: Any, runner: BaseRunner) -> None:
     long, _ = prompts(4, 60)
-    short, mask = prompts(2, 9, seed=3, ragged=False)
+    short, _mask = prompts(2, 9, seed=3, ragged=False)
     fresh = runner.generate(short, max_new_tokens=20)
     runner.generate(long, max_new_tokens=30)
     runner.prefill(long[:2])  # abandoned
@@ -284,7 +282,7 @@ def test_tokens_are_streamed_in_order(runner: BaseRunner) -> None:
 
 
 def test_an_end_token_stops_its_row_and_the_last_stops_all(model: Any, runner: BaseRunner) -> None:
-    tokens, mask = prompts(2, 10)
+    tokens, _mask = prompts(2, 10)
     free = runner.generate(tokens, max_new_tokens=40)[:, 10:]
     only_first = next(i for i in range(2, 40) if free[0, i] not in free[1] and free[0, i] not in free[0, :i])
     end = int(free[0, only_first])
@@ -338,20 +336,19 @@ def test_the_ledger_of_a_compiled_runner_names_compiled_steps(compiled: Compiled
 
 
 @pytest.mark.parametrize(
-    ("mask", "why"),
+    "mask",
     [
-        ([[1, 1, 0]], "right padding"),
-        ([[1, 0, 1]], "a hole"),
-        ([[0, 0, 0]], "nothing real"),
-        ([[1, 1]], "another length"),
-        ([[1, 1, 1], [1, 1, 1]], "another batch"),
+        pytest.param([[1, 1, 0]], id="right padding"),
+        pytest.param([[1, 0, 1]], id="a hole"),
+        pytest.param([[0, 0, 0]], id="nothing real"),
+        pytest.param([[1, 1]], id="another length"),
+        pytest.param([[1, 1, 1], [1, 1, 1]], id="another batch"),
     ],
 )
-def test_masks_that_are_not_left_padded_are_refused(runner: BaseRunner, mask: list[list[int]], why: str) -> None:
+def test_masks_that_are_not_left_padded_are_refused(runner: BaseRunner, mask: list[list[int]]) -> None:
     for call in (runner.prefill, runner.generate):
         with pytest.raises(UsageError, match="left-padded"):
             call(torch.tensor([[5, 6, 7]]), torch.tensor(mask))
-            pytest.fail(why)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ def test_always_a_distribution_that_keeps_the_best(
     got = probabilities(logits, Sampling(temperature, k, p))
     assert bool((got >= 0).all())
     assert float(got.sum()) == pytest.approx(1, abs=1e-4)
-    assert float(got[0, logits.argmax()]) == float(got.max())
+    # Logits this near have one probability in float32, and top-p may keep either.
+    assert float(logits.max() - logits[0, got.argmax()]) / temperature <= 2.0**-22
 
 
 def test_a_generator_of_its_own_repeats_and_leaves_the_global_one() -> None:

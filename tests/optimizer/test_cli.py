@@ -105,7 +105,7 @@ def test_a_missed_floor_exits_1_writes_the_report_and_no_artifact(work: Path, tm
 def test_ungated_writes_the_artifact_and_says_so_in_every_place(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ran = invoke("run", work / "model", "--recipe", work / "never.yaml", "--out", out, "--ungated", "--json", "--quiet")
-    assert ran.exit_code == 0
+    assert ran.exit_code == 1  # written as asked, and still a missed floor
     assert ran.stderr == ""
     assert json.loads(ran.stdout)["verdict"] == "ungated"
     assert read_manifest(out / "artifact").verdict == "ungated"
@@ -245,7 +245,7 @@ def test_roofline_gives_the_worked_figures() -> None:
     for part in ("573.4 TFLOP", "140 GB", "41.79 ms", "23.9 tok/s", "ridge 295"):
         assert part in text
     assert "10.45 ms" in invoke("roofline", "--params", "70e9", "--bits", "4").stdout
-    assert "766.0 tok/s" in invoke("roofline", "--params", "70e9", "--batch", "32").stdout
+    assert "765.7 tok/s" in invoke("roofline", "--params", "70e9", "--batch", "32").stdout
     document = json.loads(invoke("roofline", "--params", "70e9", *sizes, "--context", "4096", "--json").stdout)
     assert document["kv_bytes_per_token"] == 327_680
     assert document["kv_cache_bytes"] == pytest.approx(1.342e9, rel=1e-3)

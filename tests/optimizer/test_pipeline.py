@@ -142,18 +142,17 @@ class SlowDecode(EagerRunner):
 
 
 @pytest.mark.parametrize(
-    ("kind", "missed", "held"),
+    ("kind", "missed"),
     [
         (
             SlowDecode,
             {"decode.speedup", "throughput.speedup", "decode.mbu", "tpot.seconds", "throughput.tokens_per_second"},
-            {"ttft.seconds"},
         ),
-        (SlowPrefill, {"ttft.speedup", "prefill.mfu", "ttft.seconds"}, {"tpot.seconds"}),
+        (SlowPrefill, {"ttft.speedup", "prefill.mfu", "ttft.seconds"}),
     ],
 )
 def test_a_slow_runner_fails_each_kind_of_speed_floor(
-    kind: type[EagerRunner], missed: set[str], held: set[str], sound: Outcome, source: Source
+    kind: type[EagerRunner], missed: set[str], sound: Outcome, source: Source
 ) -> None:
     # The runner sleeps 0.2 s where the sound one takes milliseconds, so each limit lies far from both.
     limits = {
@@ -175,7 +174,6 @@ def test_a_slow_runner_fails_each_kind_of_speed_floor(
     verdict = pipeline.judge(floors, evidence)
     failed = {item.floor.metric for item in verdict.floors if not item.passed}
     assert missed <= failed
-    assert not held & failed
     assert not verdict.passed
 
 

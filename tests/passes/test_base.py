@@ -34,14 +34,17 @@ def test_a_failure_at_any_layer_puts_every_module_back(failing: int) -> None:
     before = tree(model)
     tokens = torch.tensor([[5, 6, 7]])
     expected = model(tokens).logits
-    with pytest.raises(KeyboardInterrupt), transaction(model):
+
+    def replace_until_failing() -> None:
         for index, name in enumerate(
             ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp", "lm_head", "model.norm"]
         ):
             if index == failing:
                 raise KeyboardInterrupt
             model.set_submodule(name, nn.ModuleDict({"inner": nn.Identity()}))
-        raise AssertionError
+
+    with pytest.raises(KeyboardInterrupt), transaction(model):
+        replace_until_failing()
     assert tree(model) == before
     assert torch.equal(model(tokens).logits, expected)
 
@@ -49,11 +52,15 @@ def test_a_failure_at_any_layer_puts_every_module_back(failing: int) -> None:
 def test_added_and_removed_modules_are_undone_in_order() -> None:
     model = llama()
     before = tree(model)
-    with pytest.raises(ValueError, match="late"), transaction(model):
+
+    def rearrange() -> None:
         block = model.model.layers[0].mlp
         del block.up_proj
         block.extra = nn.Linear(2, 2)
         raise ValueError("late")
+
+    with pytest.raises(ValueError, match="late"), transaction(model):
+        rearrange()
     assert tree(model) == before
 
 

@@ -207,7 +207,7 @@ def test_dequantizing_rounds_once() -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.floats(width=32), min_size=32, max_size=32),
-    st.sampled_from(FORMATS[:2] + [Format(4, False, 32), Format(8, False, -1)]),
+    st.sampled_from([*FORMATS[:2], Format(4, False, 32), Format(8, False, -1)]),
     st.sampled_from(DTYPES),
 )
 def test_any_floats_give_a_finite_weight_within_bounds_or_a_typed_error(

@@ -1,4 +1,4 @@
-"""Every linear op, compiled and reference, against float64; then shapes, strides, non-finite values and bad operands."""
+"""Every linear op, compiled and reference, against float64: shapes, strides, non-finite values, bad operands."""
 
 from __future__ import annotations
 
@@ -164,6 +164,14 @@ def test_the_op_stays_whole_in_a_full_graph(name: str) -> None:
     assert sum(node.target is case.op for node in graphs[0].graph.nodes) == 1
 
 
+def refused(op: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -> bool:
+    try:
+        op(*args)
+    except (RuntimeError, IndexError):
+        return True
+    return False
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_operands_that_do_not_fit_are_refused_and_never_read_past(bits: int) -> None:
@@ -198,10 +206,7 @@ def test_operands_that_do_not_fit_are_refused_and_never_read_past(bits: int) -> 
         "shorter bias": (x, data, scale, zero, activations(18)),
         "float64 bias": (x, data, scale, zero, activations(19).double()),
     }
-    for what, args in bad.items():
-        with pytest.raises((RuntimeError, IndexError)):
-            case.op(*args)
-            pytest.fail(f"{what} was accepted")
+    assert [what for what, args in bad.items() if not refused(case.op, args)] == []
 
 
 @pytest.mark.usefixtures("compiled")
