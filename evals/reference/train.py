@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
-WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # letters with one leading mark, short numbers, punctuation, newlines with indentation kept apart
+# Letters with one leading mark, short numbers, punctuation, and newlines apart from the indentation after them.
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONTEXT = 512
 
 
@@ -80,6 +81,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        assert closure is None
         for group in self.param_groups:
             for weight in group["params"]:
                 buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
