@@ -221,15 +221,17 @@ def evaluate(
     *,
     limit: int | Mapping[str, int] | None = None,
     batch_size: int = 16,
+    generate_batch: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> QualityResult:
     """Run lm-eval `tasks` on `runner`.
 
-    `limit` takes the first documents of every task, or of each named one. `max_length` bounds the window in tokens.
-    `seed` draws few-shot examples and samples, if a task does either. `progress` receives the kind of request, how
-    many are done and how many there are. The caller's random states, environment and logging stay as they were.
+    `batch_size` rows are scored at a time, `generate_batch` generated (the batch that is deployed, for a runner that
+    compiles each). `limit` takes the first documents of every task, or of each named one. `max_length` bounds the
+    window in tokens. `seed` draws few-shot examples and samples, if a task does either. `progress` receives the kind
+    of request, how many are done and how many there are. The caller's random states, environment and logging stay.
 
     Raises `UsageError` for an unknown task or limit, `DataError` for a document that the window cannot score.
     """
@@ -241,7 +243,10 @@ def evaluate(
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
     with _left_as_found(seed):
         loaded = _load(tasks, seed)
-        model = RunnerLM(runner, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed, progress=progress)
+        model = RunnerLM(
+            runner, tokenizer, batch_size=batch_size, generate_batch=generate_batch, max_length=max_length, seed=seed,
+            progress=progress,
+        )  # fmt: skip
         # lm-eval's standard errors are switched off: they fork processes and print. Ours are computed in `_collect`.
         results = run(model, loaded, samples=_chosen(loaded["tasks"], limit), bootstrap_iters=0, log_samples=True)
         metrics = tuple(_collect(loaded["tasks"], results))

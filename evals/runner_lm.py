@@ -51,7 +51,9 @@ def _shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 class RunnerLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
     """Adapts `runner` and its Hugging Face `tokenizer` to lm-eval.
 
-    `max_length` bounds the window (tokens) below `runner.max_context`. `non_finite` counts requests whose
+    `generate_batch` rows are generated at a time (`batch_size`
+    unless given): a compiled runner has a graph a batch size. `max_length` bounds the window (tokens) below
+    `runner.max_context`. `non_finite` counts requests whose
     log-likelihood was NaN or infinite: such a model is broken, and its accuracy is that of a coin.
     """
 
@@ -61,12 +63,14 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         tokenizer: Any,
         *,
         batch_size: int = 16,
+        generate_batch: int | None = None,
         max_length: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
         self.runner, self.tokenizer, self.batch_size, self.seed = runner, tokenizer, batch_size, seed
+        self.generate_batch = generate_batch or batch_size
         self.max_length = min(runner.max_context, max_length or runner.max_context)
         self.non_finite = 0
         self._progress = progress or (lambda _kind, _done, _total: None)
@@ -157,7 +161,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
                 )
         rows = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
         scored: dict[int, Scored] = {}
-        for batch in self._batches([len(row) - 1 for row in rows]):
+        for batch in self._batches([len(row) - 1 for row in rows], self.batch_size):
             wanted = [len(pairs[index][1]) for index in batch]
             scored.update(zip(batch, self._score_batch([rows[index] for index in batch], wanted), strict=True))
             self._progress(kind, len(scored), len(rows))
@@ -191,12 +195,12 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return tokens, mask
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _batches(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         """Indices in batches of similar length, longest first, within `batch_size` and `LOGITS_BYTES`."""
         order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
         while order:
             row_bytes = lengths[order[0]] * self.runner.vocab_size * 4
-            size = max(1, min(self.batch_size, LOGITS_BYTES // max(1, row_bytes)))
+            size = max(1, min(batch_size, LOGITS_BYTES // max(1, row_bytes)))
             yield order[:size]
             order = order[size:]
 
@@ -216,7 +220,7 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
                     "prompt included; lower max_gen_toks or raise max_length"
                 )
             prompts = [self.tok_encode(requests[index].args[0])[-room:] or [self.prefix_token_id] for index in members]
-            for batch in self._batches([len(prompt) for prompt in prompts]):
+            for batch in self._batches([len(prompt) for prompt in prompts], self.generate_batch):
                 made = self._generate([prompts[row] for row in batch], options)
                 texts.update((members[row], text) for row, text in zip(batch, made, strict=True))
                 self._progress("generate_until", len(texts), len(requests))

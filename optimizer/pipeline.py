@@ -9,7 +9,7 @@ process and interleaved.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from optimizer.evals.roofline import StepCost
 from optimizer.evals.timing import GenerationTiming, Ratio, Workload, measure_generation, ratio
 from optimizer.passes.base import Context, Pass, PassReport, transaction, view
 from optimizer.progress import Progress
-from optimizer.recipe import EvaluationSpec, Recipe
+from optimizer.recipe import Recipe
 from optimizer.source import Source
 
 WINDOW = 512
@@ -115,7 +115,7 @@ def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Prog
     with progress.phase("measure ceilings"):
         ceilings = measure_ceilings(baseline.device, progress=lambda share: progress.update("probes", share, 1))
     with progress.phase("baseline quality"):
-        before = _quality(_reference(baseline), recipe.evaluation, progress)
+        before = _quality(_reference(baseline), recipe, progress)
     # Another view keeps the baseline intact for the timed comparison.
     optimized = view(model)
     reports = apply_passes(optimized, passes, context, progress)
@@ -124,7 +124,7 @@ def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Prog
         if hasattr(runner, "warm_up"):
             runner.warm_up(workload.batch, workload.prompt + workload.output)
     with progress.phase("optimized quality"):
-        after = _quality(runner, recipe.evaluation, progress)
+        after = _quality(runner, recipe, progress)
     comparisons = compare(before, after, confidence=recipe.evaluation.confidence, seed=recipe.seed)
     with progress.phase("speed"):
         speed = measure_speed(baseline, runner, workload, ceilings, recipe.workload.repeats, recipe.seed)
@@ -193,14 +193,21 @@ def _reference(baseline: BaseRunner) -> BaseRunner:
     return baseline
 
 
-def _quality(runner: BaseRunner, spec: EvaluationSpec, progress: Progress) -> QualityResult:
-    """Evaluate all tasks of the recipe on one runner."""
+def _quality(runner: BaseRunner, recipe: Recipe, progress: Progress) -> QualityResult:
+    """Evaluate all tasks of the recipe on one runner; it generates in the batch of the workload, as deployed."""
+    spec = recipe.evaluation
     limits = {task: limit for task, limit in spec.tasks.items() if limit is not None}
-    show: Callable[[str, int, int], None] = progress.update
     return evaluate(
-        runner, runner.tokenizer, list(spec.tasks), limit=limits or None, batch_size=spec.batch_size,
-        max_length=WINDOW, seed=spec.seed, progress=show,
-    )  # fmt: skip
+        runner,
+        runner.tokenizer,
+        list(spec.tasks),
+        limit=limits or None,
+        batch_size=spec.batch_size,
+        generate_batch=recipe.workload.batch,
+        max_length=WINDOW,
+        seed=spec.seed,
+        progress=progress.update,
+    )
 
 
 def _speed_evidence(speed: Speed) -> dict[str, Measurement]:
