@@ -101,10 +101,10 @@ def optimize(
 ) -> Result:
     """Optimize a causal language model, measure it against the original, and judge it by the recipe's floors.
 
-    `model` is a local folder, a hub id, "reference" for the embedded model, or a loaded `PreTrainedModel` (which is
-    left as it was unless `inplace`). `recipe` is a built-in name, a YAML file or a `Recipe`. `calibration` is text
-    for passes that calibrate; no pass of the built-in recipes does yet, and giving it to those is an error. With
-    `out`, the artifact is saved there if the gate passes.
+    `model` is a local folder, a hub id, "reference" for the embedded model, or a loaded `PreTrainedModel`, which is
+    left as it was unless `inplace`: then it becomes the optimized one, whatever the verdict. `recipe` is a built-in
+    name, a YAML file or a `Recipe`. `calibration` is text for passes that calibrate; no pass of the built-in recipes
+    does yet, and giving it to those is an error. With `out`, the artifact is saved there if the gate passes.
 
     Raises a subclass of `OptimizerError` that names the thing, the rule and the remedy.
     """

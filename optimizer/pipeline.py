@@ -81,6 +81,7 @@ class Outcome:
     verdict: Verdict
     baseline_weight_bytes: int
     weight_bytes: int
+    non_finite: int
     costs: dict[str, float]
 
 
@@ -100,7 +101,10 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Progress | None = None) -> Outcome:
-    """Carry out `recipe` on a loaded model. The caller's model stays as it was unless `inplace`."""
+    """Carry out `recipe` on a loaded model.
+
+    The caller's model stays as it was unless `inplace`: then it becomes the optimized one, whatever the verdict.
+    """
     progress = progress or Progress()
     if source.tokenizer is None:
         raise UsageError(f"{source.name} has no tokenizer, which the evaluation needs. Pass tokenizer=.")
@@ -110,12 +114,13 @@ def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Prog
     context = Context(tokenizer=source.tokenizer, batch=workload.batch, progress=progress.update)
     passes = recipe.build_passes()
     _check_workload(baseline, workload)
-    for step in passes:
+    # A second pass of a kind may rest on what the first did, so it is checked when its turn comes.
+    for step in {step.name: step for step in reversed(passes)}.values():
         step.check(model, context)
-    with progress.phase("measure ceilings"):
-        ceilings = measure_ceilings(baseline.device, progress=lambda share: progress.update("probes", share, 1))
     with progress.phase("baseline quality"):
         before = _quality(_reference(baseline), recipe, progress)
+    with progress.phase("measure ceilings"):
+        ceilings = measure_ceilings(baseline.device, progress=lambda share: progress.update("probes", share, 1))
     # Another view keeps the baseline intact for the timed comparison.
     optimized = view(model)
     reports = apply_passes(optimized, passes, context, progress)
@@ -133,7 +138,7 @@ def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Prog
     floors = [Floor(f.metric, f.at_least, f.at_most, f.bound) for f in recipe.floors]
     outcome = Outcome(
         recipe, source, runner, tuple(zip(passes, reports, strict=True)), tuple(comparisons), speed, ceilings, found,
-        judge(floors, found), *sizes, dict(progress.seconds),
+        judge(floors, found), *sizes, after.non_finite, dict(progress.seconds),
     )  # fmt: skip
     if inplace:
         model._modules.clear()

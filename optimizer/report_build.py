@@ -214,7 +214,7 @@ def _ratio(ratio: TimingRatio) -> Ratio:
 def _points(speed: Speed) -> list[RooflinePoint]:
     return [
         RooflinePoint(
-            label=f"{variant} {phase}",
+            label=f"B{speed.workload.batch} · {speed.workload.prompt}→{speed.workload.output}",
             phase="prefill" if phase == "prefill" else "decode",
             variant="baseline" if variant == "baseline" else "optimized",
             intensity=at.cost.flops / at.cost.required_bytes,
@@ -261,6 +261,8 @@ def _warnings(outcome: Outcome) -> list[str]:
         found.append(f"The compiled CPU kernels did not run, the slow references did: {cpu_kernels().reason}.")
     if outcome.runner.device.type == "cuda":
         found.append("Quantized layers ran on the reference kernels: this version has no CUDA kernels of its own.")
+    if outcome.non_finite:
+        found.append(f"{outcome.non_finite} log-likelihoods of the optimized model were NaN or infinite: it is broken.")
     if outcome.runner.ledger.steps["eager"]:
         found.append(f"{outcome.runner.ledger.steps['eager']} decode steps ran eagerly.")
     return found

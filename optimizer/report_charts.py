@@ -71,6 +71,7 @@ def roofline_chart(report: Report, width: int) -> str:
     top, ridge = max(peaks.values()), max(peaks.values()) / memory.bytes_per_second
     x = _decades([p.intensity for p in points] + [ridge], room=2.5)
     y = _decades([p.achieved_flops for p in points] + [top], room=2.0)
+    peaks = {name: rate for name, rate in peaks.items() if rate >= y[0]}  # a roof below every point: in the table only
     height = 380 if width == WIDE else 300
     axes = {
         "x": alt.X("x:Q", title="Arithmetic intensity, FLOP per byte").scale(type="log", domain=x, nice=False),
