@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.artifact import installed_versions
-from optimizer.backends.runner import BaseRunner, CompiledRunner, EagerRunner
+from optimizer.backends.compiled import CompiledRunner
+from optimizer.backends.runner import BaseRunner, EagerRunner
 from optimizer.evals.ceilings import describe
 from optimizer.evals.timing import Workload, measure_generation, ratio
 from optimizer.passes.base import Context, view

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from optimizer.backends.compiled import CompiledRunner
 from optimizer.backends.kernels.build import cpu_kernels
 from optimizer.backends.kernels.decode_attention import register
 from optimizer.backends.linear import DenseLinear
-from optimizer.backends.runner import BaseRunner, CompiledRunner
+from optimizer.backends.runner import BaseRunner
 from optimizer.errors import RecipeError
 from optimizer.passes.base import Context, PassReport, stopwatch
 

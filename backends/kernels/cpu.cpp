@@ -165,15 +165,15 @@ void gemv(const Weight& w, const float* x, int64_t m, float* out) {
   });
 }
 
-// Decode rows [first, first + count) to float32 [count, K].
-template <typename D>
-void decode(const Weight& w, int64_t first, int64_t count, float* out) {
+// Decode rows [first, first + count) to [count, K], each weight rounded once to T.
+template <typename D, typename T>
+void decode(const Weight& w, int64_t first, int64_t count, T* out) {
   const int64_t blocks = w.k / BLOCK / w.groups;
   at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t n = first + r;
       const uint8_t* p = w.data + n * (w.k / BLOCK) * D::bytes;
-      float* o = out + r * w.k;
+      T* o = out + r * w.k;
       for (int64_t g = 0; g < w.groups; ++g) {
         const float s = w.scale ? w.scale[n * w.groups + g] : 1.f;
         const float z = D::offset + (w.zero ? w.zero[n * w.groups + g] : 0.f);
@@ -181,8 +181,12 @@ void decode(const Weight& w, int64_t first, int64_t count, float* out) {
           vf q[V];
           D::block(p, q);
           for (int i = 0; i < V; ++i) {
-            vf v = (q[i] - z) * s;
-            std::memcpy(o + i * W, &v, sizeof(vf));
+            const vf v = (q[i] - z) * s;
+            if constexpr (std::is_same_v<T, float>) {
+              std::memcpy(o + i * W, &v, sizeof(vf));
+            } else {
+              for (int j = 0; j < W; ++j) o[i * W + j] = static_cast<T>(v[j]);
+            }
           }
         }
       }
@@ -221,6 +225,11 @@ struct Floats {
   Floats(const Floats&) = delete;
 };
 
+#ifdef __AVX512BF16__
+constexpr bool NATIVE_BFLOAT16 = true;
+#else
+constexpr bool NATIVE_BFLOAT16 = false;
+#endif
 constexpr int64_t GEMM_ROWS = 16;             // from here decoding once and calling sgemm is faster
 constexpr int64_t GEMM_ELEMENTS = 8 << 20;    // weights decoded at a time: 32 MB
 
@@ -256,16 +265,23 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor*
     }
     return out;
   }
-  const at::Tensor rows = at::from_blob(const_cast<float*>(xf.data), {m, k}, at::kFloat);
+  // Many rows: decode once and call a GEMM, in bfloat16 where the processor multiplies it, else in float32.
+  const bool native = NATIVE_BFLOAT16 && x.scalar_type() == at::kBFloat16 && (!bias || bc.scalar_type() == at::kBFloat16);
+  const at::Tensor rows = native ? xc.view({m, k}) : at::from_blob(const_cast<float*>(xf.data), {m, k}, at::kFloat);
+  const at::Tensor wide_bias = bf.data ? at::from_blob(const_cast<float*>(bf.data), {n}, at::kFloat) : at::Tensor();
   const at::Tensor flat = out.view({m, n});
   const int64_t step = std::min<int64_t>(n, std::max<int64_t>(1, GEMM_ELEMENTS / k));
   const at::Tensor decoded = at::empty({step, k}, rows.options());
   for (int64_t first = 0; first < n; first += step) {
     const int64_t count = std::min(step, n - first);
-    decode<D>(w, first, count, decoded.mutable_data_ptr<float>());
-    at::Tensor part = at::linear(rows, decoded.narrow(0, 0, count));
-    if (bf.data) part.add_(at::from_blob(const_cast<float*>(bf.data) + first, {count}, at::kFloat));
-    flat.narrow(1, first, count).copy_(part);
+    if (native) {
+      decode<D>(w, first, count, decoded.mutable_data_ptr<at::BFloat16>());
+    } else {
+      decode<D>(w, first, count, decoded.mutable_data_ptr<float>());
+    }
+    std::optional<at::Tensor> part_bias;
+    if (bias) part_bias = native ? bc.narrow(0, first, count) : wide_bias.narrow(0, first, count);
+    flat.narrow(1, first, count).copy_(at::linear(rows, decoded.narrow(0, 0, count), part_bias));
   }
   return out;
 }

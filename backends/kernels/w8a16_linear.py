@@ -8,7 +8,7 @@
     bias   [N], the activation type
 
 K and the group are multiples of 32 for the compiled kernel; the reference takes any. Accumulates in float32 and
-rounds once. Moves at least N K + 4 N G bytes of weights.
+rounds once. Moves at least N K + 4 N G bytes of weights. Runs on a CPU as `w4a16_linear` does.
 """
 
 from __future__ import annotations

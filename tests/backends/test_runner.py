@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from optimizer.backends.compiled import CompiledRunner, bucket
 from optimizer.backends.linear import QuantizedLinear
-from optimizer.backends.runner import BaseRunner, CompiledRunner, EagerRunner, bucket, left_pad
+from optimizer.backends.runner import BaseRunner, EagerRunner, left_pad
 from optimizer.errors import UsageError
 from optimizer.evals.runner import Runner
 from optimizer.quant.formats import Format

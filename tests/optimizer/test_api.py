@@ -18,8 +18,9 @@ from transformers.utils import logging
 import optimizer
 from optimizer.api import NotReleasedError, Result, load, optimize
 from optimizer.artifact import read_manifest, verify_artifact
+from optimizer.backends.compiled import CompiledRunner
 from optimizer.backends.linear import QuantizedLinear
-from optimizer.backends.runner import CompiledRunner, EagerRunner
+from optimizer.backends.runner import EagerRunner
 from optimizer.errors import ArtifactError, DataError, DeviceError, ModelError, OutputError, RecipeError, UsageError
 from optimizer.progress import Progress
 from tests.optimizer.small_jobs import PERPLEXITY, recipe, with_ruinous_passes, without_measuring_the_machine

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from optimizer.backends.compiled import CompiledRunner
 from optimizer.backends.linear import DenseLinear
-from optimizer.backends.runner import CompiledRunner, EagerRunner
+from optimizer.backends.runner import EagerRunner
 from optimizer.errors import RecipeError
 from optimizer.passes.base import Context
 from optimizer.passes.decode import Decode
