@@ -226,7 +226,7 @@ def test_an_original_in_float32_is_its_own_reference(source: Source) -> None:
 
 def test_the_costs_name_every_phase(sound: Outcome) -> None:
     assert list(sound.costs) == [
-        "measure ceilings", "baseline quality", "pass quantize", "pass merge_linears", "pass decode", "compile",
+        "baseline quality", "measure ceilings", "pass quantize", "pass merge_linears", "pass decode", "compile",
         "optimized quality", "speed",
     ]  # fmt: skip
     assert all(seconds >= 0 for seconds in sound.costs.values())
