@@ -211,12 +211,14 @@ def measure_generation(
     warmup: int = 1,
     seed: int = 0,
     device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, GenerationTiming]:
     """Time greedy generation of `workload` by each runner, interleaved.
 
     Each round draws one batch of random prompts `[B, S]` that every runner continues. `device` is where prompts are
-    put and defaults to each runner's own. `tpot` summarises every gap of every round.
+    put and defaults to each runner's own. `tpot` summarises every gap of every round. `progress` receives the rounds
+    that are done and those there are.
 
     Raises:
         UsageError: nothing to time, or a workload longer than a runner's context.
@@ -241,6 +243,8 @@ def measure_generation(
                 run = _generate_once(name, runner, tokens.to(device or runner.device), workload, clock)
                 if index >= warmup:
                     runs[name].append(run)
+            if progress is not None:
+                progress(index + 1, warmup + repeats)
     return {name: _timing(workload, rounds) for name, rounds in runs.items()}
 
 

@@ -178,7 +178,10 @@ def bench(
                 loaded = [_runner(path, device, trust_remote_code) for path in (model, against) if path]
                 runners = dict(zip(names, loaded, strict=True))
             with progress.phase("speed"):
-                timings = measure_generation(runners, Workload(batch, prompt, output), repeats=repeats)
+                timings = measure_generation(
+                    runners, Workload(batch, prompt, output), repeats=repeats,
+                    progress=lambda done, total: progress.update("rounds", done, total),
+                )  # fmt: skip
         speedup = None
         if against:
             first, second = (timings[name] for name in names)
@@ -224,16 +227,21 @@ def roofline(
     batch: Annotated[int, typer.Option(min=1)] = 1,
     context: Annotated[int, typer.Option(min=0, help="Tokens cached before a decode step.")] = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """The floor under prefill and decode times: FLOPs, bytes, intensity, and what bounds them."""
     with _errors_to_exit(as_json):
+        from optimizer.display import progress_for
         from optimizer.roofline_command import analyse, describe
 
-        found = analyse(
-            model, params, {"layers": layers, "d_model": d_model, "heads": heads, "kv_heads": kv_heads,
-                            "head_dim": head_dim},
-            gpu=gpu, bits=bits, group_size=group_size, kv_bits=kv_bits, prompt=prompt, batch=batch, context=context,
-        )  # fmt: skip
+        progress = progress_for(quiet or gpu != "measured")
+        with progress, progress.phase("measure this machine"):
+            found = analyse(
+                model, params, {"layers": layers, "d_model": d_model, "heads": heads, "kv_heads": kv_heads,
+                                "head_dim": head_dim},
+                gpu=gpu, bits=bits, group_size=group_size, kv_bits=kv_bits, prompt=prompt, batch=batch,
+                context=context,
+            )  # fmt: skip
         if as_json:
             _echo_json(found)
         else:
@@ -261,12 +269,15 @@ def verify(folder: Annotated[Path, typer.Argument(help="An artifact.")], as_json
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
     """What this machine can run, and why not the rest."""
     with _errors_to_exit(as_json):
+        from optimizer.display import progress_for
         from optimizer.doctor import checks
 
-        found = checks()
+        progress = progress_for(quiet)
+        with progress, progress.phase("check (compiles the CPU kernels the first time)"):
+            found = checks()
         if as_json:
             _echo_json([vars(check) for check in found])
             return

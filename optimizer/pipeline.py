@@ -132,7 +132,7 @@ def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Prog
         after = _quality(runner, recipe, progress)
     comparisons = compare(before, after, confidence=recipe.evaluation.confidence, seed=recipe.seed)
     with progress.phase("speed"):
-        speed = measure_speed(baseline, runner, workload, ceilings, recipe.workload.repeats, recipe.seed)
+        speed = measure_speed(baseline, runner, workload, ceilings, recipe, progress)
     sizes = weight_bytes(model), weight_bytes(optimized)
     found = {**evidence(comparisons), **_speed_evidence(speed), **_size_evidence(*sizes)}
     floors = [Floor(f.metric, f.at_least, f.at_most, f.bound) for f in recipe.floors]
@@ -157,11 +157,22 @@ def apply_passes(model: Any, passes: Iterable[Pass], context: Context, progress:
 
 
 def measure_speed(
-    baseline: BaseRunner, optimized: BaseRunner, workload: Workload, ceilings: Ceilings, repeats: int, seed: int
+    baseline: BaseRunner,
+    optimized: BaseRunner,
+    workload: Workload,
+    ceilings: Ceilings,
+    recipe: Recipe,
+    progress: Progress,
 ) -> Speed:
     """Time both runners interleaved, and place prefill and decode of each on the measured roofline."""
     runners = {"baseline": baseline, "optimized": optimized}
-    timings = measure_generation(runners, workload, repeats=repeats, seed=seed)
+    timings = measure_generation(
+        runners,
+        workload,
+        repeats=recipe.workload.repeats,
+        seed=recipe.seed,
+        progress=lambda done, total: progress.update("rounds", done, total),
+    )
     a, b = timings["baseline"], timings["optimized"]
     phases = {}
     for variant, runner in runners.items():

@@ -110,9 +110,9 @@ def _device(name: str) -> tuple[str, Roofline]:
 def _config(model: str) -> dict[str, Any]:
     path = Path(model)
     if model == "reference":
-        from optimizer.source import REFERENCE
+        from optimizer.source import reference_folder
 
-        path = Path(REFERENCE)
+        path = reference_folder()
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

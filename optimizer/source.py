@@ -108,12 +108,17 @@ def _from_object(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | st
     return Source(model, tokenizer, name, None, None, model_digest(model))
 
 
+def reference_folder() -> Path:
+    """Where the embedded model lies."""
+    import optimizer.evals.reference as reference
+
+    return Path(str(reference.__file__)).parent / "model"
+
+
 def _resolve(model: str | Path, *, trust_remote_code: bool) -> tuple[Path, str, str | None]:
     """(folder, name, hub commit or None)."""
     if model == REFERENCE:
-        import optimizer.evals.reference as reference
-
-        folder = Path(str(reference.__file__)).parent / "model"
+        folder = reference_folder()
         if not folder.is_dir():
             raise ModelError(f"The embedded model is missing from {folder}: reinstall roofline-optimizer")
         return folder, REFERENCE, None

@@ -167,7 +167,7 @@ def test_a_slow_runner_fails_each_kind_of_speed_floor(
     }
     slow = kind(source.model, source.tokenizer)
     speed = pipeline.measure_speed(
-        EagerRunner(source.model, source.tokenizer), slow, sound.speed.workload, CEILINGS, repeats=3, seed=0
+        EagerRunner(source.model, source.tokenizer), slow, sound.speed.workload, CEILINGS, sound.recipe, Progress()
     )
     evidence = pipeline._speed_evidence(speed)
     floors = [pipeline.Floor(metric, **limit) for metric, limit in limits.items()]

@@ -146,3 +146,12 @@ def test_the_text_says_what_the_data_says() -> None:
         assert part in text
     assert f"{found['decode']['tokens_per_second']:,.1f} tok/s" in text
     assert json.loads(json.dumps(found)) == found
+
+
+def test_the_embedded_model_by_its_name() -> None:
+    found = analyse(
+        "reference", None, {}, gpu="H100", bits=16, group_size=None, kv_bits=16, prompt=128, batch=1, context=128
+    )
+    # 2 (keys and values) x 6 layers x 2 KV heads x 64 x 2 bytes; every parameter but the tied table's second use.
+    assert found["kv_bytes_per_token"] == 2 * 6 * 2 * 64 * 2
+    assert found["weights_bytes"] == pytest.approx(2 * 11_015_040)
