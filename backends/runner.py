@@ -6,6 +6,7 @@ and judged on one set of items. Tokens are int64 and left-padded.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def _recording_nothing() -> Iterator[None]:
         yield
 
 
-class BaseRunner:
+class BaseRunner(ABC):
     """Input checks, generation and text handling; subclasses say how a prompt and a step are run."""
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, max_context: int | None = None) -> None:
@@ -217,11 +218,13 @@ class BaseRunner:
         logits = out.logits.float()
         return logits if all_logits else logits[:, -1]  # type: ignore[no-any-return]
 
+    @abstractmethod
     def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
-        raise NotImplementedError
+        """Run a checked prompt in an empty cache."""
 
+    @abstractmethod
     def _decode(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Run a checked step."""
 
 
 class EagerRunner(BaseRunner):
