@@ -39,15 +39,27 @@ class Quantize:
         object.__setattr__(self, "format", Format(self.bits, self.symmetric, self.group_size))
 
     def check(self, model: nn.Module, ctx: Context) -> None:
-        """Every pattern names a layer, and every chosen layer has an input width that the groups fill."""
+        """Every pattern names a layer, some layer is chosen, and the groups fill the input width of each that is."""
         del ctx
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         if not linears:
             raise ModelError(f"{type(model).__name__} has no linear layer to quantize.")
         check_patterns(linears, [p for p in self.targets if p != "Linear"], "quantize.targets")
         check_patterns(linears, [p for p in self.ignore if p != "lm_head"], "quantize.ignore")
+        chosen = self._chosen(model)
+        if not chosen and self.required:
+            others = list(_other_matrices(model))
+            hint = (
+                f"{len(others)} are of a kind it does not take, as {others[0].name}: {others[0].reason}"
+                if others
+                else ""
+            )
+            raise PassError(
+                f"quantize matched none of {len(linears)} linear layers of {type(model).__name__}. "
+                + (hint or "Loosen targets or ignore.")
+            )
         g = self.format.group_size
-        uneven = [(n, m.in_features) for n, m in self._chosen(model).items() if g > 0 and m.in_features % g]
+        uneven = [(n, m.in_features) for n, m in chosen.items() if g > 0 and m.in_features % g]
         if uneven:
             names = ", ".join(f"{name} (K = {k})" for name, k in uneven[:5]) + (", …" if len(uneven) > 5 else "")
             usable = [s for s in (128, 64, 32) if all(k % s == 0 for _, k in uneven)]
@@ -61,8 +73,6 @@ class Quantize:
         """Quantize layer by layer; the original weight is released as soon as its replacement stands."""
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         chosen = self._chosen(model)
-        if not chosen and self.required:
-            raise PassError(f"quantize matched none of {len(linears)} linear layers. Loosen targets or ignore.")
         changes = []
         with stopwatch() as seconds, torch.no_grad():
             for done, (name, linear) in enumerate(chosen.items()):

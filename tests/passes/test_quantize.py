@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from optimizer.backends.linear import QuantizedLinear
 from optimizer.errors import ModelError, PassError, RecipeError
@@ -150,6 +151,9 @@ def test_nothing_to_quantize_is_an_error_unless_it_is_optional() -> None:
         Quantize().check(nn.Identity(), Context())
     with pytest.raises(PassError, match="matched none of 15 linear layers"):
         run(llama(), ignore=["Linear"])
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(PassError, match=r"none of 1 linear layers of GPT2.*Conv1D with weights"):
+        Quantize().check(gpt2, Context())
     report = run(llama(), ignore=["Linear"], required=False)
     assert report.matched == 0
     assert {skip.reason for skip in report.skipped} == {"named in ignore"}
