@@ -61,7 +61,6 @@ class Context:
 
     tokenizer: Any = None
     batch: int = 1
-    max_context: int | None = None
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None
     make_runner: Callable[[nn.Module, Any], BaseRunner] = field(default=EagerRunner)
 

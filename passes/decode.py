@@ -23,7 +23,7 @@ from optimizer.passes.base import Context, PassReport, stopwatch
 
 @dataclass(frozen=True)
 class Decode:
-    """Serve through a `CompiledRunner` of `max_context` tokens (the workload's length unless given)."""
+    """Serve through a `CompiledRunner` of `max_context` tokens (all the model's positions unless given)."""
 
     name: ClassVar[str] = "decode"
     stored: ClassVar[bool] = False
@@ -45,8 +45,7 @@ class Decode:
             for name, linear in dense:
                 model.set_submodule(name, DenseLinear(linear))
             attention = _use_decode_attention(model)
-            context = self.max_context or ctx.max_context
-            ctx.make_runner = partial(_runner, max_context=context, compile=self.compile)
+            ctx.make_runner = partial(_runner, max_context=self.max_context, compile=self.compile)
         notes = [f"{len(dense)} dense layers run on bf16_linear"] if dense else []
         notes.append(attention)
         return PassReport(self.name, 1, 1, notes=tuple(notes), seconds=seconds())

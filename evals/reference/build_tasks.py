@@ -5,7 +5,8 @@
 
 Written to `held_out/`, the same bytes for the same modules:
 - `perplexity.jsonl`: whole modules cut into documents of at most 1400 characters at line ends, ideally where a
-  definition begins. A document fits the 512-token context the model was trained at, so none is ever split.
+  definition begins. Nearly all (310 of 317) fit the 512-token context the model was trained at; longer ones are
+  scored in two windows.
 - `next_line.jsonl`: a context and four candidate next lines of the same indentation and similar length; one of
   the wrong ones comes from the same module, two from others.
 - `cloze.jsonl`: a context cut just before an identifier that it already shows after the same word, or before a run
