@@ -9,9 +9,25 @@ import pytest
 from compressed_tensors.quantization import QuantizationArgs
 
 from optimizer.errors import UsageError
-from optimizer.quant.formats import GROUP_SIZES, Format
+from optimizer.quant.formats import (
+    ACTIVATIONS,
+    FP8_BLOCK,
+    FP8_CHANNEL,
+    FP8_TENSOR,
+    GROUP_SIZES,
+    MXFP4,
+    NVFP4,
+    ActivationFormat,
+    Format,
+    Scheme,
+)
 
-ALL = [Format(bits, symmetric, group) for bits, symmetric, group in product((4, 8), (True, False), GROUP_SIZES)]
+INTEGERS = [Format(bits, symmetric, group) for bits, symmetric, group in product((4, 8), (True, False), GROUP_SIZES)]
+OTHERS = [
+    Format(8, granularity="tensor"), Format(8, granularity="block"), FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK,
+    Format(8, True, 128, kind="float"), NVFP4, MXFP4,
+]  # fmt: skip
+ALL = INTEGERS + OTHERS
 
 
 @pytest.mark.parametrize("bits", [0, -4, 2, 3, 5, 16, "4", None])
@@ -24,6 +40,46 @@ def test_bits_other_than_4_and_8_are_refused_by_value(bits: Any) -> None:
 def test_group_sizes_that_no_kernel_takes_are_refused(group: Any) -> None:
     with pytest.raises(UsageError, match=rf"Invalid group size {group}.*32, 64, 128, -1"):
         Format(group_size=group)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "float", "symmetric": False}, "are symmetric"),
+        ({"granularity": "block", "symmetric": False}, "are symmetric"),
+        ({"bits": 4, "kind": "float"}, r"NVFP4 .* or MXFP4"),
+        ({"bits": 4, "kind": "float", "scale": "e4m3"}, "Use one of 16"),
+        ({"bits": 4, "kind": "float", "scale": "e4m3", "group_size": 32}, "group size 32. Use one of 16"),
+        ({"bits": 4, "kind": "float", "scale": "e8m0", "group_size": 16}, "group size 16. Use one of 32"),
+        ({"granularity": "group"}, "Groups need a group size"),
+        ({"granularity": "tensor", "group_size": 32}, "granularity 'tensor'"),
+        ({"granularity": "block", "group_size": 128}, "granularity 'block'"),
+    ],
+    ids=str,
+)
+def test_combinations_that_are_no_format_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Format(**options)
+
+
+def test_the_largest_and_smallest_of_each_kind() -> None:
+    assert [(f.q_min, f.q_max) for f in (FP8_CHANNEL, NVFP4, MXFP4)] == [(-448, 448), (-6, 6), (-6, 6)]
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        (FP8_TENSOR, (1, 1)),
+        (FP8_CHANNEL, (300, 1)),
+        (FP8_BLOCK, (3, 3)),  # 300 and 320 in blocks of 128
+        (NVFP4, (300, 20)),
+        (MXFP4, (300, 10)),
+        (Format(4, True, 64), (300, 5)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Format) else None,
+)
+def test_the_shape_of_the_scales(format: Format, expected: tuple[int, int]) -> None:
+    assert format.scale_shape(300, 320) == expected
 
 
 def test_the_grid_is_the_signed_twos_complement_range() -> None:
@@ -40,6 +96,10 @@ def test_the_grid_is_the_signed_twos_complement_range() -> None:
         (Format(8, True, -1), 4096, 16, 8 + 16 / 4096),
         (Format(8, False, 32), 64, 16, 8.75),  # 8 + (16 + 8) / 32
         (Format(4, True, -1), 1, 16, 20.0),  # a row of one weight pays for its whole scale
+        (NVFP4, 4096, 16, 4.5),  # 4 + 8 / 16, whatever the type of other scales
+        (MXFP4, 4096, 32, 4.25),  # 4 + 8 / 32
+        (FP8_BLOCK, 4096, 32, 8 + 32 / 128**2),
+        (FP8_CHANNEL, 4096, 16, 8 + 16 / 4096),
     ],
 )
 def test_effective_bits_count_scales_and_zero_points(format: Format, k: int, scale_bits: int, expected: float) -> None:
@@ -58,7 +118,22 @@ def test_a_row_that_groups_do_not_fill_is_refused_with_sizes_that_do() -> None:
 def test_names_are_short_and_distinct() -> None:
     assert Format(4, True, 128).name == "int4-g128"
     assert Format(8, False, -1).name == "int8-channel-asym"
+    assert [f.name for f in (FP8_BLOCK, FP8_CHANNEL, NVFP4, MXFP4)] == ["fp8-block", "fp8-channel", "nvfp4", "mxfp4"]
     assert len({format.name for format in ALL}) == len(ALL)
+
+
+def test_activations_and_schemes_are_named_by_what_they_are() -> None:
+    assert {key: format.name for key, format in ACTIVATIONS.items()} == {
+        "int8": "int8-token",
+        "llm-int8": "int8-token-outliers6",
+        "fp8": "fp8-token",
+        "fp8-static": "fp8-tensor-static",
+        "int8-static": "int8-tensor-static",
+        "fp8-group": "fp8-g128",
+        "nvfp4": "fp4-g16-static",
+    }
+    assert Scheme(Format(4, True, 128)).name == "int4-g128"
+    assert Scheme(FP8_CHANNEL, ActivationFormat(kind="float")).name == "fp8-channel × fp8-token"
 
 
 @pytest.mark.parametrize("format", ALL, ids=lambda f: f.name)
@@ -74,9 +149,10 @@ def test_what_compressed_tensors_reads_is_what_was_written(format: Format) -> No
 @pytest.mark.parametrize(
     "change",
     [
-        {"type": "float"},
+        {"type": "float"},  # 4-bit floats in groups of 128
         {"type": None},
         {"strategy": "tensor"},
+        {"strategy": "tensor", "group_size": None, "block_structure": [64, 64]},
         {"strategy": "block"},
         {"strategy": ["group"]},
         {"strategy": "group", "group_size": None},

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from optimizer.errors import ModelError, OptimizerError, UsageError
-from optimizer.quant.formats import Format
-from optimizer.quant.rtn import QuantizedWeight, concatenate, quantize_rtn
+from optimizer.quant.formats import BLOCK, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, MXFP4, NVFP4, Format
+from optimizer.quant.rtn import SHRINK, fit_grid, quantize_rtn
+from optimizer.quant.weight import QuantizedWeight, concatenate, from_elements
 
 FORMATS = [Format(bits, symmetric, group) for bits, symmetric, group in product((4, 8), (True, False), (32, 128, -1))]
+FLOATS = [FP8_TENSOR, FP8_CHANNEL, Format(8, True, 128, kind="float"), FP8_BLOCK, NVFP4, MXFP4]
+SEARCHED = [Format(4), Format(4, False, 32), Format(8, granularity="block"), *FLOATS]
+every_float = pytest.mark.parametrize("format", FLOATS, ids=lambda f: f.name)
+searched = pytest.mark.parametrize("format", SEARCHED, ids=lambda f: f.name)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_format = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 
@@ -202,6 +208,136 @@ def test_the_input_is_unchanged_and_may_be_strided_and_trainable() -> None:
 def test_dequantizing_rounds_once() -> None:
     got = quantize_rtn(random_weight(), Format(4, False, 32))
     assert torch.equal(got.dequantize(torch.bfloat16), got.dequantize().to(torch.bfloat16))
+
+
+def theirs(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Scales and dequantized weight by compressed-tensors."""
+    args: Any = QuantizationArgs(**format.as_compressed_tensors())
+    n, k = weight.shape
+    rows, groups = format.scale_shape(n, k)
+    tiles = weight.reshape(rows, groups, -1)
+    if format.granularity == "block":
+        tiles = weight.reshape(rows, BLOCK, groups, BLOCK).transpose(1, 2).flatten(2)
+    shared = generate_gparam(weight.amin(), weight.amax()) if format.scale == "e4m3" else None
+    scale, zero = calculate_qparams(tiles.amin(-1), tiles.amax(-1), args, global_scale=shared)
+    scale = scale.float()
+    whole = {"scale": scale, "zero_point": zero, "args": args, "global_scale": shared}
+    q = quantize(weight, **whole, dtype=torch.float32)
+    return scale, dequantize(q, **whole, dtype=torch.float32)
+
+
+@every_float
+def test_float_grids_are_those_of_compressed_tensors(format: Format) -> None:
+    weight = random_weight(rows=128 if format.granularity == "block" else 7)
+    ours = quantize_rtn(weight, format)
+    if format.scale == "e8m0":  # whose scales compressed-tensors truncates to whole numbers; powers of two by hand
+        largest = weight.reshape(7, -1, 32).abs().amax(-1).double()
+        down = 2.0 ** torch.floor(torch.log2(largest))
+        scale = torch.where(largest >= 1.75 * down, 2 * down, down) / 4
+        assert torch.equal(ours.scale.double(), scale)
+        return
+    scale, dequantized = theirs(weight, format)
+    assert torch.equal(ours.scale.float(), scale)
+    assert torch.equal(ours.dequantize(), dequantized)
+
+
+@every_float
+def test_float_weights_come_in_their_stored_types(format: Format) -> None:
+    got = quantize_rtn(random_weight(dtype=torch.bfloat16), format)
+    assert got.q.dtype == (torch.uint8 if format.bits == 4 else torch.float8_e4m3fn)
+    assert (
+        got.scale.dtype
+        == {"float": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}[format.scale]
+    )
+    assert got.scale.shape == format.scale_shape(7, 256)
+    assert (got.global_scale is not None) == (format.scale == "e4m3")
+    assert got.zero is None
+
+
+@searched
+def test_any_size_of_weight_is_kept_in_its_range(format: Format) -> None:
+    for size in (1e-30, 1.0, 1e30):
+        weight = random_weight(rows=3) * size
+        got = quantize_rtn(weight, format).dequantize()
+        assert got.isfinite().all()
+        assert float((got / size - weight / size).norm() / (weight / size).norm()) < 0.25
+    assert not quantize_rtn(torch.zeros(3, 256), format).dequantize().any()
+
+
+def test_a_large_tensor_maximum_is_the_one_scale() -> None:
+    weight = random_weight()
+    for format in (FP8_TENSOR, NVFP4):
+        alone, shared = quantize_rtn(weight, format), quantize_rtn(weight, format, tensor_max=50.0)
+        other = quantize_rtn(weight / 2, format, tensor_max=50.0)
+        one = [w.scale if format is FP8_TENSOR else w.global_scale for w in (alone, shared, other)]
+        assert all(isinstance(s, Tensor) for s in one)
+        assert torch.equal(one[1], one[2])  # type: ignore[arg-type]
+        assert not torch.equal(one[0], one[1])  # type: ignore[arg-type]
+    assert float(quantize_rtn(weight, FP8_TENSOR, tensor_max=448.0).scale) == 1.0
+    assert float(quantize_rtn(weight, NVFP4, tensor_max=6.0).global_scale) == 448.0  # type: ignore[arg-type]
+
+
+def squared_errors(weight: Tensor, got: QuantizedWeight, importance: Tensor | None = None) -> Tensor:
+    """The error under each scale in float64, blocks by loops."""
+    error = (weight.double() - got.dequantize(torch.float64)) ** 2
+    error = error if importance is None else error * importance.double()
+    n, k = weight.shape
+    rows, groups = got.format.scale_shape(n, k)
+    if got.format.granularity == "block":
+        return torch.tensor([[error[i * BLOCK :][:BLOCK, j * BLOCK :][:, :BLOCK].sum() for j in range(groups)]
+                             for i in range(rows)])  # fmt: skip
+    return error.reshape(rows, groups, -1).sum(-1)
+
+
+@searched
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_clip_search_helps_every_scale_and_never_hurts(format: Format, weighted: bool) -> None:
+    weight = random_weight(rows=130, k=256)  # ragged blocks
+    importance = torch.logspace(-2, 2, 256) if weighted else None
+    plain = squared_errors(weight, quantize_rtn(weight, format), importance)
+    fitted = squared_errors(weight, quantize_rtn(weight, format, clip="mse", importance=importance), importance)
+    assert bool((fitted <= plain * (1 + 1e-5)).all())
+    if format.bits == 4:  # powers of two leave little to choose
+        assert float(fitted.sum()) < float(plain.sum()) * (1 if format.scale == "e8m0" else 0.97)
+
+
+def test_the_clip_search_finds_the_best_of_its_shares() -> None:
+    weight = random_weight(rows=1, k=32)
+    weight[0, 3] *= 6  # so that clipping pays
+    format = Format(4, True, 32)
+    largest, best = float(weight.abs().max()), (float("inf"), 0.0)
+    for share in SHRINK:
+        scale = share * largest / 7.5
+        q = (weight.double() / scale).round().clamp(-8, 7)
+        best = min(best, (float(((weight.double() - q * scale) ** 2).sum()), scale))
+    got = fit_grid(weight, format, clip="mse")
+    assert best[1] < largest / 7.5
+    assert float(got.scale) == pytest.approx(best[1], rel=1e-6)
+
+
+def test_importance_moves_the_clip_towards_the_columns_that_count() -> None:
+    weight = torch.full((1, 32), 0.31)
+    weight[0, 0] = 4.0
+    spared = torch.ones(32)
+    spared[0] = 1e6
+    rest = torch.ones(32)
+    rest[0] = 1e-6
+    kept, cut = (
+        quantize_rtn(weight, Format(4, True, 32), clip="mse", importance=i).dequantize() for i in (spared, rest)
+    )
+    assert abs(float(kept[0, 0]) - 4) < abs(float(cut[0, 0]) - 4)
+    assert float((cut - weight)[0, 1:].norm()) < float((kept - weight)[0, 1:].norm())
+
+
+@every_float
+def test_float_elements_of_a_weight_that_is_on_its_grid_are_exact(format: Format) -> None:
+    """e2m1 and e4m3 values times a power of two, with the largest magnitude present: nothing is lost."""
+    table = from_elements(torch.arange(16, dtype=torch.uint8), NVFP4)
+    weight = table.repeat(128, 16).roll(3, 1) * (448 / 6 if format.bits == 8 else 1) / 64
+    if format.bits == 8:
+        weight = (weight * 64).to(torch.float8_e4m3fn).float() / 64
+        weight[:, ::8] = 7.0
+    assert torch.equal(quantize_rtn(weight, format).dequantize(), weight)
 
 
 @settings(max_examples=150, deadline=None)
