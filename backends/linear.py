@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from optimizer.backends.kernels.bf16_linear import bf16_linear
 from optimizer.backends.kernels.build import cpu_kernels
+from optimizer.backends.kernels.decoded_linear import decoded_linear
 from optimizer.backends.kernels.w4a16_linear import BLOCK, pack_int4, unpack_int4, w4a16_linear
 from optimizer.backends.kernels.w8a16_linear import w8a16_linear, w8a16_linear_ref
 from optimizer.errors import UsageError
-from optimizer.quant.formats import Format
-from optimizer.quant.rtn import QuantizedWeight
+from optimizer.quant.activations import check_activation, quantize_activation
+from optimizer.quant.formats import ActivationFormat, Scheme
+from optimizer.quant.packing import pack_nibbles, unpack_nibbles
+from optimizer.quant.weight import QuantizedWeight
 
 
 def kernel_name(op: str, device: torch.device, *, compiled: bool = True) -> str:
@@ -27,50 +30,117 @@ def kernel_name(op: str, device: torch.device, *, compiled: bool = True) -> str:
 
 
 class QuantizedLinear(nn.Module):
-    """`y = x Ŵᵀ + b` with an integer weight `[N, K]`; activations keep their type (W4A16, W8A16)."""
+    """`y = x Ŵᵀ + b` with a quantized weight `[N, K]`, and `x` rounded to `activation` first where that is given.
+
+    Integer weights per row or group run on the compiled kernels, in float32 for a rounded `x`: 16 bits do not hold its
+    values. Every other weight is decoded and multiplied. `input_scale [1]` is the scale of a static `activation`.
+    Raises `UsageError` where weight, activation and scale do not go together.
+    """
 
     data: Tensor
     scale: Tensor
     zero: Tensor | None
+    global_scale: Tensor | None
     bias: Tensor | None
+    input_scale: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        activation: ActivationFormat | None = None,
+        input_scale: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.q.shape
-        self.format: Format = weight.format
+        self.format, self.activation = weight.format, activation
         self.scale_dtype = weight.scale.dtype
-        group = self.in_features // weight.scale.shape[1]
-        self.blocked = group % BLOCK == 0
-        packed = self.format.bits == 4 and self.blocked
-        self.register_buffer("data", pack_int4(weight.q) if packed else weight.q.contiguous())
-        self.register_buffer("scale", weight.scale.float().contiguous())
+        _check_input(self, input_scale)
+        rows = self.format.granularity in ("channel", "group")
+        self.plain = self.format.kind == "int" and rows  # the layout of the compiled kernels
+        self.blocked = self.plain and self.in_features // weight.scale.shape[1] % BLOCK == 0
+        scale = weight.scale.float() if self.plain else weight.scale
+        self.register_buffer("data", _stored(weight, self.blocked))
+        self.register_buffer("scale", scale.contiguous())
         self.register_buffer("zero", None if weight.zero is None else weight.zero.float().contiguous())
+        self.register_buffer("global_scale", weight.global_scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        if not self.blocked:
-            self.op = w8a16_linear_ref
-        else:
-            self.op = w4a16_linear if packed else w8a16_linear
-        name = f"w{self.format.bits}a16_linear"
-        self.kernel = kernel_name(name, self.data.device, compiled=self.blocked)
+        self.register_buffer("input_scale", None if input_scale is None else input_scale.detach().float().reshape(1))
+        packed = self.data.dtype == torch.uint8
+        self.op = w8a16_linear_ref if not self.blocked else w4a16_linear if packed else w8a16_linear
+        self.kernel = self._kernel_name()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., K]` to `[..., N]`, rounded once to the type of `x`."""
-        return self.op(x, self.data, self.scale, self.zero, self.bias)
+        if self.activation is None:
+            return self._product(x)
+        return self._product(quantize_activation(x, self.activation, self.input_scale)).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.plain:
+            return self.op(x, self.data, self.scale, self.zero, self.bias)
+        blocks = self.format.granularity == "block"
+        return decoded_linear(  # type: ignore[no-any-return]
+            x, self.data, self.scale, self.zero, self.global_scale, self.bias, blocks
+        )
+
+    def _kernel_name(self) -> str:
+        """`w4a16_linear[avx2]`; rounded inputs run through a kernel for 16 bits, as `w8a8_linear[w8a16 avx2]`."""
+        kernel = kernel_name(_op_name(self.scheme), self.data.device, compiled=self.blocked)
+        if self.activation is None or kernel.endswith("[reference]"):
+            return kernel
+        return kernel.replace("[", f"[w{self.format.bits}a16 ")
+
+    @property
+    def scheme(self) -> Scheme:
+        """The formats of weight and input."""
+        return Scheme(self.format, self.activation)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of integers, scales and zero points that one forward reads."""
-        return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.zero) if t is not None)
+        """Bytes of elements, scales and zero points that one forward reads."""
+        stored = (self.data, self.scale, self.zero, self.global_scale)
+        return sum(t.numel() * t.element_size() for t in stored if t is not None)
 
     def stored_weight(self) -> QuantizedWeight:
         """The weight as the quantizer made it, exactly."""
-        q = unpack_int4(self.data) if self.data.dtype == torch.uint8 else self.data
+        q = self.data
+        if q.dtype == torch.uint8:
+            q = unpack_nibbles(q) if self.format.kind == "float" else unpack_int4(q)
         zero = None if self.zero is None else self.zero.to(torch.int8)
-        return QuantizedWeight(q, self.scale.to(self.scale_dtype), zero, self.format)
+        return QuantizedWeight(q, self.scale.to(self.scale_dtype), zero, self.format, self.global_scale)
 
     def extra_repr(self) -> str:
-        """Shape, format and kernel, as `print(model)` shows them."""
-        return f"{self.in_features} -> {self.out_features}, {self.format.name}, {self.kernel}"
+        """Shape, formats and kernel, as `print(model)` shows them."""
+        return f"{self.in_features} -> {self.out_features}, {self.scheme.name}, {self.kernel}"
+
+
+def _check_input(layer: QuantizedLinear, scale: Tensor | None) -> None:
+    """Refuse, before anything runs, an activation format or a static scale that the layer could not use."""
+    if layer.activation is not None:
+        check_activation(layer.activation, layer.in_features, scale)
+    elif scale is not None:
+        raise UsageError("an input scale without an activation format has no use. Give both or neither.")
+    if scale is not None and not bool(torch.isfinite(scale).all() & (scale > 0).all()):
+        raise UsageError(f"the input scale is {scale.tolist()}, and must be a positive finite number.")
+
+
+def _stored(weight: QuantizedWeight, blocked: bool) -> Tensor:
+    """Elements as a layer holds them: 4 bits in half a byte, but for integers that no kernel takes."""
+    if weight.format.bits == 8 or not (weight.format.kind == "float" or blocked):
+        return weight.q.contiguous()
+    return pack_nibbles(weight.q) if weight.format.kind == "float" else pack_int4(weight.q)
+
+
+def _op_name(scheme: Scheme) -> str:
+    """`w4a16_linear`, `w8a8_linear`; `fp8_linear` where both sides are such floats, `fp8_w8a16_linear` where one is."""
+    weight, activation = scheme.weight, scheme.activation
+    number = "16" if activation is None else f"{'fp' if activation.kind == 'float' else ''}{activation.bits}"
+    name = f"w{weight.bits}a{number}_linear"
+    if weight.kind == "int":
+        return name
+    label = weight.name.partition("-")[0]
+    return f"{label}_linear" if number == f"fp{weight.bits}" else f"{label}_{name}"
 
 
 class DenseLinear(nn.Module):
@@ -164,6 +234,16 @@ class MergedSlice(nn.Module):
         return weight.rows(start, stop) if isinstance(weight, QuantizedWeight) else weight[start:stop]
 
     @property
+    def activation(self) -> ActivationFormat | None:
+        """The format that the common input is rounded to."""
+        return getattr(self.group.linear, "activation", None)
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """The static scale of the common input."""
+        return getattr(self.group.linear, "input_scale", None)
+
+    @property
     def bias(self) -> Tensor | None:
         """This layer's own bias."""
         start, stop = self.bounds
@@ -182,6 +262,15 @@ def stored_weight(module: nn.Module) -> QuantizedWeight | Tensor:
     if isinstance(module, QuantizedLinear | DenseLinear | MergedSlice):
         return module.stored_weight()
     raise UsageError(f"{type(module).__name__} is not a linear layer.")
+
+
+def stored_scheme(module: nn.Module) -> Scheme | None:
+    """The formats a linear layer is stored and run in; None for a plain one."""
+    if isinstance(module, MergedSlice):
+        module = module.group.linear
+    if not isinstance(module, LINEARS):
+        raise UsageError(f"{type(module).__name__} is not a linear layer.")
+    return module.scheme if isinstance(module, QuantizedLinear) else None
 
 
 def layer_kernel(module: nn.Module) -> str:

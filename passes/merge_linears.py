@@ -11,7 +11,7 @@ from torch import nn
 from optimizer.backends.linear import DenseLinear, MergedLinear, MergedSlice, QuantizedLinear
 from optimizer.errors import PassError
 from optimizer.passes.base import Context, PassReport, Skip, stopwatch
-from optimizer.quant.rtn import concatenate
+from optimizer.quant.weight import concatenate, stackable
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT
@@ -34,7 +34,7 @@ class MergeLinears:
         """Nothing can be wrong before the sites are looked at."""
 
     def run(self, model: nn.Module, ctx: Context) -> PassReport:
-        """Merge every site; one whose layers differ in kind, format or bias is skipped with the difference."""
+        """Merge every site; layers of different kinds, formats, scales or biases are skipped with the reason."""
         sites = [
             (f"{path}.{names[0]}".removeprefix("."), parent, names)
             for path, parent in list(model.named_modules())
@@ -70,17 +70,36 @@ class MergeLinears:
             "kinds": [type(layer).__name__ for layer in layers],
             "input features": [layer.in_features for layer in layers],
             "bias": [layer.bias is not None for layer in layers],
-            "formats": [getattr(layer, "format", None) or layer.weight.dtype for layer in layers],
+            "formats": [_format(layer) for layer in layers],
+            "input scales": [_input_scale(layer) for layer in layers],
         }
-        return "; ".join(f"{what} differ: {values}" for what, values in aspects.items() if len(set(values)) > 1)
+        differing = [f"{what} differ: {values}" for what, values in aspects.items() if len(set(values)) > 1]
+        if differing or not isinstance(layers[0], QuantizedLinear):
+            return "; ".join(differing)
+        return stackable([layer.stored_weight() for layer in layers])  # type: ignore[operator]
+
+
+def _format(layer: nn.Linear | QuantizedLinear) -> str:
+    """What the weight is stored and the input rounded in."""
+    if isinstance(layer, QuantizedLinear):
+        return f"{layer.scheme.name} with scales in {layer.scale_dtype}"
+    return str(layer.weight.dtype)
+
+
+def _input_scale(layer: nn.Linear | QuantizedLinear) -> float | None:
+    """The static scale of the input: layers share a product only where they round it alike."""
+    scale = layer.input_scale if isinstance(layer, QuantizedLinear) else None
+    return None if scale is None else float(scale)
 
 
 def _stack(layers: list[nn.Linear | QuantizedLinear]) -> nn.Module:
     """One layer with the rows of all."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = torch.cat(biases) if biases else None
-    if isinstance(layers[0], QuantizedLinear):
-        return QuantizedLinear(concatenate([layer.stored_weight() for layer in layers]), bias)  # type: ignore[operator]
+    first = layers[0]
+    if isinstance(first, QuantizedLinear):
+        stacked = concatenate([layer.stored_weight() for layer in layers])  # type: ignore[operator]
+        return QuantizedLinear(stacked, bias, first.activation, first.input_scale)
     weight = torch.cat([layer.weight for layer in layers])  # type: ignore[misc]
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)

@@ -19,12 +19,63 @@ from optimizer.backends.linear import (
     kernel_name,
     layer_kernel,
     linear_layers,
+    stored_scheme,
     stored_weight,
     weight_bytes,
 )
 from optimizer.errors import UsageError
-from optimizer.quant.formats import Format
-from optimizer.quant.rtn import QuantizedWeight, concatenate, quantize_rtn
+from optimizer.quant.activations import activation_elements, quantize_activation, static_scale
+from optimizer.quant.formats import (
+    ACTIVATIONS,
+    FP8_BLOCK,
+    FP8_CHANNEL,
+    FP8_TENSOR,
+    MXFP4,
+    NVFP4,
+    ActivationFormat,
+    Format,
+    Scheme,
+)
+from optimizer.quant.rtn import quantize_rtn
+from optimizer.quant.weight import QuantizedWeight, concatenate
+
+SCHEMES = {
+    "w8a8": Scheme(Format(), ACTIVATIONS["int8"]),
+    "w8a8-static": Scheme(Format(), ACTIVATIONS["int8-static"]),
+    "w8a8-tensor": Scheme(Format(granularity="tensor"), ACTIVATIONS["int8"]),
+    "w8a8-block": Scheme(Format(granularity="block"), ACTIVATIONS["int8"]),
+    "w4a8": Scheme(Format(4, False, 32), ACTIVATIONS["int8"]),
+    "llm-int8": Scheme(Format(), ACTIVATIONS["llm-int8"]),
+    "fp8": Scheme(FP8_CHANNEL, ACTIVATIONS["fp8"]),
+    "fp8-static": Scheme(FP8_TENSOR, ACTIVATIONS["fp8-static"]),
+    "fp8-block": Scheme(FP8_BLOCK, ACTIVATIONS["fp8-group"]),
+    "fp8-weight": Scheme(FP8_CHANNEL),
+    "nvfp4": Scheme(NVFP4, ACTIVATIONS["nvfp4"]),
+    "nvfp4-weight": Scheme(NVFP4),
+    "mxfp4": Scheme(MXFP4),
+}
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+
+
+def scheme_layer(
+    scheme: Scheme, n: int = 7, k: int = 128, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> QuantizedLinear:
+    """A layer of the scheme on random weights; a static input scale is that of inputs up to 4."""
+    activation = scheme.activation
+    scale = None if activation is None or activation.dynamic else static_scale(4.0, activation)
+    return QuantizedLinear(quantize_rtn(random(n, k).to(dtype), scheme.weight), bias, activation, scale)
+
+
+def exact_product(layer: QuantizedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `layer(x)` stands for in float64, and how far float32 accumulation may be from it."""
+    weight = layer.stored_weight().dequantize(torch.float64)
+    seen = x if layer.activation is None else quantize_activation(x, layer.activation, layer.input_scale)
+    bias = 0.0 if layer.bias is None else layer.bias.double()
+    sums = seen.double().abs() @ weight.abs().t() + abs(bias)
+    if layer.format.kind == "int":  # the kernels subtract zero points and offsets after summing
+        steps, _ = layer.stored_weight().grid.columns(*weight.shape)
+        sums = sums + seen.double().abs() @ (steps * 2 ** (layer.format.bits + 1)).double().t()
+    return seen.double() @ weight.t() + bias, (x.shape[-1] + 16) * 2.0**-24 * sums
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -43,12 +94,21 @@ def merged(
     return [MergedSlice(group, index) for index in range(len(sizes))], separate
 
 
+def as_bits(t: Tensor) -> Tensor:
+    """8-bit floats as bytes, since `torch.equal` does not take all of them."""
+    return t.view(torch.uint8) if t.itemsize == 1 else t
+
+
 def assert_same(got: QuantizedWeight | Tensor, expected: QuantizedWeight) -> None:
     assert isinstance(got, QuantizedWeight)
-    assert torch.equal(got.q, expected.q)
-    assert torch.equal(got.scale, expected.scale)
+    for ours, theirs in ((got.q, expected.q), (got.scale, expected.scale)):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(as_bits(ours), as_bits(theirs))
     assert got.scale.dtype == expected.scale.dtype
     assert got.format == expected.format
+    assert (got.global_scale is None) == (expected.global_scale is None)
+    if got.global_scale is not None and expected.global_scale is not None:
+        assert torch.equal(got.global_scale, expected.global_scale)
     assert (got.zero is None) == (expected.zero is None)
     if got.zero is not None and expected.zero is not None:
         assert torch.equal(got.zero, expected.zero)
@@ -95,6 +155,208 @@ def test_weight_bytes_by_hand() -> None:
     for (bits, symmetric, group), expected in counts.items():
         assert QuantizedLinear(quantize_rtn(weight, Format(bits, symmetric, group))).weight_bytes == expected
     assert QuantizedLinear(quantize_rtn(random(6, 100), Format(4))).weight_bytes == 6 * 100 + 6 * 4  # not packed
+
+
+def test_4_bit_floats_take_half_a_byte_and_scales_one() -> None:
+    weight = random(6, 128)
+    counts = {
+        NVFP4: 6 * 64 + 6 * 8 + 4,  # a scale of one byte for 16 weights, one float32 for the tensor
+        MXFP4: 6 * 64 + 6 * 4,
+        FP8_CHANNEL: 6 * 128 + 6 * 2,  # scales in the type of the weight
+        FP8_TENSOR: 6 * 128 + 2,
+        FP8_BLOCK: 6 * 128 + 2,
+    }
+    for format, expected in counts.items():
+        layer = QuantizedLinear(quantize_rtn(weight.bfloat16(), format))
+        assert layer.weight_bytes == weight_bytes(layer) == expected
+
+
+def test_the_kernel_of_every_scheme_is_named_after_what_runs() -> None:
+    w8, w4 = (kernel_name(f"w{bits}a16", torch.device("cpu")) for bits in (8, 4))
+    through = {8: w8.replace("w8a16[", "[w8a16 "), 4: w4.replace("w4a16[", "[w4a16 ")}
+    expected = {
+        "w8a8": "w8a8_linear" + through[8],
+        "w8a8-static": "w8a8_linear" + through[8],
+        "w8a8-tensor": "w8a8_linear[reference]",
+        "w8a8-block": "w8a8_linear[reference]",
+        "w4a8": "w4a8_linear" + through[4],
+        "llm-int8": "w8a8_linear" + through[8],
+        "fp8": "fp8_linear[reference]",
+        "fp8-static": "fp8_linear[reference]",
+        "fp8-block": "fp8_linear[reference]",
+        "fp8-weight": "fp8_w8a16_linear[reference]",
+        "nvfp4": "nvfp4_linear[reference]",
+        "nvfp4-weight": "nvfp4_w4a16_linear[reference]",
+        "mxfp4": "mxfp4_w4a16_linear[reference]",
+    }
+    assert {name: scheme_layer(scheme).kernel for name, scheme in SCHEMES.items()} == expected
+    odd = QuantizedLinear(quantize_rtn(random(4, 33), Format()), activation=ACTIVATIONS["int8"])
+    assert odd.kernel == "w8a8_linear[reference]"
+    assert "int8-channel × int8-token" in repr(odd)
+
+
+@every_scheme
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_weight_of_every_scheme_comes_back_exactly(scheme: Scheme, dtype: torch.dtype) -> None:
+    weight = quantize_rtn(random(130, 160 if scheme.activation != ACTIVATIONS["fp8-group"] else 256).to(dtype),
+                          scheme.weight)  # fmt: skip
+    scale = None if scheme.activation is None or scheme.activation.dynamic else torch.tensor([0.5])
+    layer = QuantizedLinear(weight, None, scheme.activation, scale)
+    assert_same(layer.stored_weight(), weight)
+    assert_same(stored_weight(copy.deepcopy(layer)), weight)
+    assert layer.scheme == stored_scheme(layer) == scheme
+
+
+@every_scheme
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_every_scheme_computes_what_it_stands_for(scheme: Scheme, dtype: torch.dtype, rows: int) -> None:
+    """One row and many, which go to different kernels."""
+    layer = scheme_layer(scheme, n=19, bias=random(19, seed=2).to(dtype))
+    x = random(rows, 128, seed=3)
+    x[0, 5] = 9.0
+    x = x.to(dtype)
+    product, error = exact_product(layer, x)
+    got = layer(x)
+    assert got.dtype == dtype
+    unit = torch.finfo(dtype).eps / 2
+    if scheme.activation is None and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        error = error + 2.0**-8 * (x.double().abs() @ layer.stored_weight().dequantize(torch.float64).abs().t())
+    assert bool(((got.double() - product).abs() <= error + unit * (product.abs() + error) + 2.0**-24).all())
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-static", "llm-int8"])
+@pytest.mark.parametrize("k", [64, 100])
+def test_w8a8_is_a_product_of_integers(name: str, k: int) -> None:
+    layer = scheme_layer(SCHEMES[name], k=k)
+    x = random(4, k, seed=5)
+    x[1, 8] = 20.0
+    activation, weight = layer.activation, layer.stored_weight()
+    assert activation is not None
+    q, scale, outliers = activation_elements(x, activation, layer.input_scale)
+    integers = q.to(torch.int32) @ weight.q.to(torch.int32).t()
+    expected = integers.double() * scale.double() * weight.scale.double().t()
+    if outliers is not None:
+        assert outliers.tolist().index(True) == 8
+        kept = (x * outliers).double()
+        expected = expected + kept @ weight.dequantize(torch.float64).t()
+    # q s is rounded to float32 before the product, which then accumulates K terms in float32.
+    error = (k + 32) * 2.0**-24 * (x.double().abs().clamp(max=20) @ weight.dequantize(torch.float64).abs().t() + 1)
+    assert bool(((layer(x).double() - expected).abs() <= error).all())
+
+
+def test_rounded_inputs_are_not_rounded_again_to_16_bits() -> None:
+    """In bfloat16 the values q s would lose bits that the integer product keeps."""
+    layer, x = scheme_layer(SCHEMES["w8a8"], n=64), random(8, 128, seed=3).bfloat16()
+    activation = layer.activation
+    assert activation is not None
+    seen = quantize_activation(x, activation)
+    assert not torch.equal(seen.bfloat16().float(), seen)
+    assert torch.equal(layer(x), layer(x.float()).bfloat16())
+
+
+@every_scheme
+@pytest.mark.parametrize("shape", [(128,), (1, 128), (2, 3, 128), (0, 128), (2, 0, 128)], ids=str)
+def test_every_scheme_takes_inputs_of_any_shape(scheme: Scheme, shape: tuple[int, ...]) -> None:
+    layer = scheme_layer(scheme)
+    x = random(*shape)
+    got = layer(x)
+    assert got.shape == (*shape[:-1], 7)
+    if scheme.activation is None or scheme.activation.granularity != "tensor":
+        flat = layer(x.reshape(-1, 128))
+        torch.testing.assert_close(got.reshape(-1, 7), flat, rtol=1e-5, atol=1e-5)
+
+
+@every_scheme
+def test_zeros_give_the_bias_and_nan_stays_nan(scheme: Scheme) -> None:
+    layer = scheme_layer(scheme, bias=random(7, seed=2))
+    x = random(3, 128, seed=3)
+    x[0] = 0
+    assert torch.equal(layer(x)[0], layer.bias)
+    for bad in (float("nan"), float("inf")):
+        x[1, 3] = bad
+        got = layer(x)
+        assert not got[1].isfinite().any()
+        assert got[2].isfinite().all()
+    assert layer(torch.full((1, 128), 1e30)).isfinite().all()
+
+
+@every_scheme
+def test_every_scheme_compiles_whole(scheme: Scheme) -> None:
+    torch._dynamo.reset()
+    layer = scheme_layer(scheme, bias=random(7, seed=2))
+    x = random(2, 3, 128, seed=3).bfloat16()
+    x[0, 0, 7] = 30.0
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # Inductor's import
+@every_scheme
+def test_every_scheme_compiles_with_inductor(scheme: Scheme) -> None:
+    torch._dynamo.reset()
+    layer, x = scheme_layer(scheme, bias=random(7, seed=2)), random(2, 3, 128, seed=3)
+    got = torch.compile(layer, fullgraph=True, options={"cpp_wrapper": True})(x)
+    product, error = exact_product(layer, x)
+    assert bool(((got.double() - product).abs() <= error + 2.0**-23 * (product.abs() + error)).all())
+
+
+def test_a_large_weight_is_decoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimizer.backends.kernels import decoded_linear
+
+    for name in ("fp8", "fp8-block", "fp8-static", "nvfp4", "mxfp4", "w8a8-block"):
+        layer = scheme_layer(SCHEMES[name], n=300, k=256, bias=random(300, seed=2))
+        x = random(2, 256, seed=3)
+        monkeypatch.setattr(decoded_linear, "DECODED_AT_ONCE", 8 << 20)
+        whole = layer(x)
+        monkeypatch.setattr(decoded_linear, "DECODED_AT_ONCE", 1)
+        torch.testing.assert_close(layer(x), whole, rtol=1e-5, atol=1e-4)  # BLAS may sum in another order
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "scale", "message"),
+    [
+        (Format(), None, torch.ones(1), "without an activation format"),
+        (Format(), ACTIVATIONS["int8"], torch.ones(1), "takes its scales from each input"),
+        (Format(), ACTIVATIONS["int8-static"], None, "needs a static scale"),
+        (Format(), ACTIVATIONS["int8-static"], torch.zeros(1), "positive finite"),
+        (NVFP4, ACTIVATIONS["nvfp4"], torch.tensor([float("nan")]), "positive finite"),
+        (FP8_BLOCK, ACTIVATIONS["fp8-group"], None, "groups do not divide 96"),
+        (Format(), ActivationFormat(4), None, "cannot be int4-token"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused_before_it_runs(
+    weight: Format, activation: ActivationFormat | None, scale: Tensor | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        QuantizedLinear(quantize_rtn(random(4, 96), weight), None, activation, scale)
+
+
+def test_what_is_stored_beside_a_weight_is_its_scheme() -> None:
+    group = MergedLinear(scheme_layer(SCHEMES["fp8-static"]), [3, 4])
+    part = MergedSlice(group, 1)
+    assert stored_scheme(part) == SCHEMES["fp8-static"]
+    assert part.activation == ACTIVATIONS["fp8-static"]
+    assert torch.equal(part.input_scale, static_scale(4.0, ACTIVATIONS["fp8-static"]))  # type: ignore[arg-type]
+    assert stored_scheme(nn.Linear(2, 2)) is None
+    plain = MergedSlice(MergedLinear(nn.Linear(2, 2), [1, 1]), 0)
+    assert (stored_scheme(plain), plain.activation, plain.input_scale) == (None, None, None)
+    with pytest.raises(UsageError, match="LayerNorm is not a linear layer"):
+        stored_scheme(nn.LayerNorm(2))
+
+
+@every_scheme
+def test_slices_of_every_scheme_equal_separate_layers(scheme: Scheme) -> None:
+    sizes, together = (128, 128, 40), scheme_layer(scheme, n=296)
+    group = MergedLinear(together, list(sizes))
+    x = random(3, 128, seed=3)
+    whole = together.stored_weight()
+    for index in range(3):
+        part = MergedSlice(group, index)
+        alone = QuantizedLinear(whole.rows(*part.bounds), None, together.activation, together.input_scale)
+        assert_same(part.stored_weight(), alone.stored_weight())
+        torch.testing.assert_close(part(x), alone(x), rtol=1e-5, atol=1e-5)  # BLAS may sum in another order
 
 
 def test_the_kernel_is_named_after_what_runs() -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from optimizer.backends.linear import MergedSlice, QuantizedLinear, linear_layers, stored_weight
+from optimizer.backends.linear import MergedSlice, QuantizedLinear, linear_layers, stored_scheme, stored_weight
 from optimizer.errors import PassError
 from optimizer.passes.base import Context, transaction
 from optimizer.passes.merge_linears import MergeLinears
-from optimizer.passes.quantize import Quantize
-from optimizer.quant.formats import Format
-from optimizer.quant.rtn import QuantizedWeight, quantize_rtn
+from optimizer.quant.activations import static_scale
+from optimizer.quant.formats import ACTIVATIONS, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, MXFP4, NVFP4, Format, Scheme
+from optimizer.quant.rtn import quantize_rtn
+from optimizer.quant.weight import QuantizedWeight
 from tests.backends.decoder_models import llama, mistral, qwen2
 
 TOKENS = torch.tensor([[5, 6, 7, 8]])
@@ -26,8 +27,17 @@ def merge(model: Any, **options: Any) -> Any:
     return work.run(model, Context())
 
 
-def quantize(model: Any, **options: Any) -> Any:
-    Quantize(**{"bits": 4, "group_size": 32, "symmetric": False} | options).run(model, Context())
+def quantize(
+    model: Any, scheme: Scheme | None = None, *, input_max: float = 8.0, tensor_max: float | None = None
+) -> Any:
+    """Every linear layer but the head rounded to nearest."""
+    weight = scheme.weight if scheme else Format(4, False, 32)
+    activation = scheme.activation if scheme else None
+    scale = static_scale(input_max, activation) if activation and not activation.dynamic else None
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            stored = quantize_rtn(linear.weight, weight, tensor_max=tensor_max)
+            model.set_submodule(name, QuantizedLinear(stored, linear.bias, activation, scale))
     return model
 
 
@@ -43,13 +53,96 @@ def test_two_sites_a_layer(make: Any, layers: int) -> None:
 
 
 @pytest.mark.parametrize("make", [llama, qwen2])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_logits_stay_bit_for_bit(make: Any, bits: int) -> None:
-    model = quantize(make(), bits=bits)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(Format(4, False, 32)),
+        Scheme(Format(8, False, 32)),
+        Scheme(Format(), ACTIVATIONS["int8"]),
+        Scheme(Format(), ACTIVATIONS["llm-int8"]),
+        Scheme(Format(), ACTIVATIONS["int8-static"]),
+    ],
+    ids=lambda scheme: scheme.name,
+)
+def test_quantized_logits_stay_bit_for_bit(make: Any, scheme: Scheme) -> None:
+    model = quantize(make(), scheme)
     with torch.no_grad():
         expected = model(TOKENS).logits
         merge(model)
         assert torch.equal(model(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(FP8_CHANNEL, ACTIVATIONS["fp8"]),
+        Scheme(FP8_TENSOR, ACTIVATIONS["fp8-static"]),
+        Scheme(NVFP4, ACTIVATIONS["nvfp4"]),
+        Scheme(MXFP4),
+    ],
+    ids=lambda scheme: scheme.name,
+)
+def test_layers_under_one_tensor_scale_merge_and_keep_their_scheme(scheme: Scheme) -> None:
+    model = quantize(llama(), scheme, tensor_max=1.0)
+    before = {name: stored_weight(layer) for name, layer in linear_layers(model).items()}
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        assert merge(model).matched == 4
+        # BLAS may block a wider matrix in another order, and an input that moves by that may be rounded elsewhere.
+        assert float((model(TOKENS).logits - expected).norm() / expected.norm()) < 0.02
+    for name, layer in linear_layers(model).items():
+        if name == "lm_head":
+            continue
+        assert stored_scheme(layer) == scheme
+        weight, got = before[name], stored_weight(layer)
+        assert isinstance(weight, QuantizedWeight)
+        assert isinstance(got, QuantizedWeight)
+        assert got.scale.dtype == weight.scale.dtype
+        assert torch.equal(got.dequantize(), weight.dequantize())
+        if scheme.activation is not None and not scheme.activation.dynamic:
+            assert torch.equal(layer.input_scale, static_scale(8.0, scheme.activation))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (Scheme(FP8_TENSOR), "tensor scales differ"),
+        (Scheme(NVFP4), "tensor scales differ"),
+        (Scheme(FP8_BLOCK), "rows [64, 32, 32] do not fill blocks of 128"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Scheme) else None,
+)
+def test_weights_that_cannot_be_stacked_are_skipped_with_the_reason(scheme: Scheme, reason: str) -> None:
+    model = quantize(llama(num_hidden_layers=1), scheme)
+    report = merge(model, required=False)
+    assert report.expected == 2
+    assert report.matched == (1 if scheme.weight == FP8_BLOCK else 0)  # gate and up have 128 rows each
+    assert report.skipped[0].name == "model.layers.0.self_attn.q_proj"
+    assert report.skipped[0].reason == reason
+    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantizedLinear)
+    if not report.matched:
+        with pytest.raises(PassError, match=f"none of 2 sites .*{reason}"):
+            merge(model)
+
+
+def test_inputs_rounded_differently_are_not_shared() -> None:
+    model = quantize(llama(num_hidden_layers=1), Scheme(Format(), ACTIVATIONS["int8-static"]))
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    other = static_scale(4.0, ACTIVATIONS["int8-static"])
+    attention.k_proj = QuantizedLinear(attention.k_proj.stored_weight(), None, ACTIVATIONS["int8-static"], other)
+    mlp.up_proj = QuantizedLinear(mlp.up_proj.stored_weight(), None, ACTIVATIONS["int8"])
+    reasons = {skip.name: skip.reason for skip in merge(model, required=False).skipped}
+    assert reasons["model.layers.0.self_attn.q_proj"].startswith("input scales differ: [0.0627")
+    assert "int8-channel × int8-token with" in reasons["model.layers.0.mlp.gate_proj"]
+
+
+def test_scales_of_different_types_are_not_promoted() -> None:
+    model = quantize(llama(num_hidden_layers=1))
+    mlp = model.model.layers[0].mlp
+    weight = quantize_rtn(mlp.up_proj.stored_weight().dequantize(), Format(4, False, 32), torch.bfloat16)
+    mlp.up_proj = QuantizedLinear(weight)
+    (skip,) = merge(model).skipped
+    assert skip.reason.startswith("formats differ: ['int4-g32-asym with scales in torch.float32'")
 
 
 @pytest.mark.parametrize("make", [llama, qwen2])
