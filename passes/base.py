@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from optimizer.backends.runner import BaseRunner, EagerRunner
+from optimizer.passes.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,11 @@ class Skip:
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What a pass did to one layer `[N, K]`: its format, bytes, and relative Frobenius error of the weight."""
+    """What a pass did to one layer `[N, K]`: its format, bytes, how, and what it lost.
+
+    `weight_error` is the relative Frobenius error of the weight; `output_error` that of the layer's output over the
+    `tokens` of calibration that reached it, `‖X ΔWᵀ‖ / ‖X Wᵀ‖`.
+    """
 
     name: str
     kind: str
@@ -38,6 +44,9 @@ class LayerChange:
     bytes_before: int
     bytes_after: int
     weight_error: float | None = None
+    method: str = "rtn"
+    output_error: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,17 @@ class PassReport:
 
 @dataclass
 class Context:
-    """What the passes of one run share. A pass that builds a runner says how through `make_runner`."""
+    """What the passes of one run share. A pass that builds a runner says how through `make_runner`.
+
+    `scale_dtype` is the type in which the checkpoint will store scales (a default for each format unless given).
+    `time` measures the seconds of calls, interleaved.
+    """
 
     tokenizer: Any = None
     batch: int = 1
+    calibration: Calibration | None = None
+    scale_dtype: torch.dtype | None = None
+    time: Callable[[Mapping[str, Callable[[], object]]], dict[str, float]] | None = None
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None
     make_runner: Callable[[nn.Module, Any], BaseRunner] = field(default=EagerRunner)
 
@@ -71,7 +87,10 @@ class Pass(Protocol):
 
     name: ClassVar[str]
     stored: ClassVar[bool]
-    required: bool
+
+    @property
+    def required(self) -> bool:
+        """Whether it is an error to match nothing."""
 
     def check(self, model: nn.Module, ctx: Context) -> None:
         """Raise a typed error when this pass cannot do its work on the model. Changes nothing."""
@@ -88,14 +107,15 @@ def view(model: nn.Module) -> Any:
 
 @contextmanager
 def transaction(model: nn.Module) -> Iterator[None]:
-    """Put the module tree back as it was if the body raises."""
-    before = {module: dict(module._modules) for module in model.modules()}
+    """Put the module tree, its parameters and its configuration back as they were if the body raises."""
+    tables = ("_modules", "_parameters", "_buffers")
+    before = {m: {k: dict(v) if k in tables else v for k, v in vars(m).items()} for m in model.modules()}
     try:
         yield
     except BaseException:
-        for module, children in before.items():
-            module._modules.clear()
-            module._modules.update(children)
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
         raise
 
 

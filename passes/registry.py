@@ -11,9 +11,11 @@ from optimizer.errors import RecipeError
 from optimizer.passes.base import Pass
 from optimizer.passes.decode import Decode
 from optimizer.passes.merge_linears import MergeLinears
+from optimizer.passes.mixed import Mixed
 from optimizer.passes.quantize import Quantize
+from optimizer.passes.rotate import Rotate
 
-PASSES: dict[str, type[Any]] = {kind.name: kind for kind in (Quantize, MergeLinears, Decode)}
+PASSES: dict[str, type[Any]] = {kind.name: kind for kind in (Rotate, Quantize, Mixed, MergeLinears, Decode)}
 
 
 def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
@@ -35,11 +37,12 @@ def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "bool": (bool,), "int | None": (int, type(None)), "Sequence[str]": (list, tuple), "str": (str,),
+    "Clip": (str,), "float": (float, int), "float | None": (float, int, type(None)),
 }  # fmt: skip
 
 
 def _check_type(option: str, value: Any, expected: str) -> None:
-    ok = isinstance(value, _TYPES[expected]) and not (expected.startswith("int") and isinstance(value, bool))
+    ok = isinstance(value, _TYPES[expected]) and (expected == "bool" or not isinstance(value, bool))
     if expected == "Sequence[str]":
         ok = ok and all(isinstance(item, str) for item in value)
     if not ok:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from optimizer.backends.linear import QuantizedLinear
 from optimizer.errors import ModelError, PassError, RecipeError
 from optimizer.passes.base import Context, transaction, view
-from optimizer.passes.quantize import Quantize, relative_error
+from optimizer.passes.quantize import Quantize
+from optimizer.passes.quantize_block import relative_error
 from optimizer.quant.formats import Format
 from optimizer.quant.rtn import quantize_rtn
 from tests.backends.decoder_models import llama, qwen2
@@ -67,7 +67,7 @@ def test_the_report_adds_up() -> None:
     assert report.bytes_before == sum(c.bytes_before for c in report.layers)
     assert report.bytes_after == sum(c.bytes_after for c in report.layers)
     assert [(skip.name, skip.reason) for skip in report.skipped] == [("lm_head", "named in ignore")]
-    assert [done for _, done, _ in seen] == list(range(1, 15))
+    assert [done for _, done, _ in seen] == [4, 7, 11, 14]
 
 
 def test_targets_and_ignore_choose_and_every_other_layer_has_a_reason() -> None:
@@ -151,9 +151,6 @@ def test_nothing_to_quantize_is_an_error_unless_it_is_optional() -> None:
         Quantize().check(nn.Identity(), Context())
     with pytest.raises(PassError, match="matched none of 15 linear layers"):
         run(llama(), ignore=["Linear"])
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(PassError, match=r"none of 1 linear layers of GPT2.*Conv1D with weights"):
-        Quantize().check(gpt2, Context())
     report = run(llama(), ignore=["Linear"], required=False)
     assert report.matched == 0
     assert {skip.reason for skip in report.skipped} == {"named in ignore"}
