@@ -25,7 +25,7 @@ from optimizer.errors import ModelError
 from optimizer.passes.base import Context
 from optimizer.passes.merge_linears import MergeLinears
 from optimizer.passes.quantize import Quantize
-from optimizer.quant.rtn import QuantizedWeight
+from optimizer.quant.weight import QuantizedWeight
 from tests.optimizer.tiny_models import byte_tokenizer, tiny_llama
 
 CPU = torch.device("cpu")
@@ -396,7 +396,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 
 def test_a_checkpoint_without_weights_is_refused(made: Callable[[str], Written], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((made("int8").folder / "config.json").read_bytes())
-    with pytest.raises(ModelError, match="missing"):
+    with pytest.raises(ModelError, match=r"has neither model\.safetensors nor"):
         load_checkpoint(tmp_path, CPU)
 
 
@@ -415,3 +415,21 @@ def test_tensors_come_back_in_one_order_on_the_cpu(made: Callable[[str], Written
     tensors = checkpoint_tensors(made("int8-untied-merged").model)
     assert list(tensors) == sorted(tensors)
     assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("options", [{"weights": "nvfp4", "activations": "nvfp4"}, {"weights": "fp8-tensor"}])
+def test_merged_layers_that_share_a_tensor_scale_are_each_stored_with_it(
+    options: dict[str, str], tmp_path: Path
+) -> None:
+    from optimizer.passes.calibration import Calibration
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model", dtype=torch.float32))
+    rows = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(1))
+    context = Context(calibration=Calibration(tuple(rows)))
+    Quantize(**options).run(model, context)  # type: ignore[arg-type]
+    MergeLinears().run(model, context)
+    (tmp_path / "saved").mkdir()
+    save_checkpoint(model, None, tmp_path / "saved")
+    again = load_checkpoint(tmp_path / "saved", CPU)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
