@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.artifact import ManifestInfo, SourceRecord, check_output, read_manifest, verify_artifact, write_artifact
+from optimizer.artifact import (
+    MANIFEST,
+    ManifestInfo,
+    SourceRecord,
+    check_output,
+    read_manifest,
+    verify_artifact,
+    write_artifact,
+)
 from optimizer.backends.runner import BaseRunner
+from optimizer.calibration import load_calibration
 from optimizer.card import model_card
 from optimizer.checkpoint import load_checkpoint, save_checkpoint
-from optimizer.errors import ArtifactError, DataError, OptimizerError
-from optimizer.passes.base import Context
+from optimizer.errors import ArtifactError, OptimizerError, RecipeError
+from optimizer.inspection import inspect_checkpoint
+from optimizer.passes.base import Context, Pass
+from optimizer.passes.decode import Decode
+from optimizer.passes.merge_linears import MergeLinears
 from optimizer.pipeline import Outcome, apply_passes, choose_device, run
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
@@ -22,10 +33,6 @@ from optimizer.source import load_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-CALIBRATION_TOKENS = 512
-"""The fewest tokens that calibration may have: one window of the shortest context in use."""
 
 
 class NotReleasedError(OptimizerError):
@@ -66,7 +73,7 @@ class Result:
         outcome, recipe = self.outcome, self.outcome.recipe
 
         def build(folder: Path) -> None:
-            save_checkpoint(self.model.model, self.model.tokenizer, folder)
+            save_checkpoint(self.model.model, self.model.tokenizer, folder, recipe.layout)
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             for name in ("report.json", "report.md", "report.html"):
                 report.save(folder / name)
@@ -92,7 +99,7 @@ def optimize(
     recipe: str | Path | Recipe = "default",
     *,
     tokenizer: Any = None,
-    calibration: str | Sequence[str] | None = None,
+    calibration: Any = None,
     device: str | None = None,
     out: str | Path | None = None,
     inplace: bool = False,
@@ -103,8 +110,9 @@ def optimize(
 
     `model` is a local folder, a hub id, "reference" for the embedded model, or a loaded `PreTrainedModel`, which is
     left as it was unless `inplace`: then it becomes the optimized one, whatever the verdict. `recipe` is a built-in
-    name, a YAML file or a `Recipe`. `calibration` is text for passes that calibrate; no pass of the built-in recipes
-    does yet, and giving it to those is an error. With `out`, the artifact is saved there if the gate passes.
+    name, a YAML file or a `Recipe`. `calibration` is for passes that calibrate: text, texts, chats, token ids, a
+    `datasets` object or the `Path` of a file; without it they use built-in text, and the report says so. Giving it to
+    a recipe that does not calibrate is an error. With `out`, the artifact is saved there if the gate passes.
 
     Raises a subclass of `OptimizerError` that names the thing, the rule and the remedy.
     """
@@ -115,11 +123,18 @@ def optimize(
         check_output(out)
     with progress.phase("load"):
         source = load_source(model, tokenizer=tokenizer, device=target, trust_remote_code=trust_remote_code)
-    if calibration is not None:
-        _check_calibration(calibration, source.tokenizer, recipe)
+    data = None
+    if any(getattr(step, "calibrates", False) for step in recipe.build_passes()):
+        with progress.phase("calibration data"):
+            data = load_calibration(calibration, source.tokenizer, source.model.config, recipe.calibration)
+    elif calibration is not None:
+        names = ", ".join(step.name for step in recipe.build_passes())
+        raise RecipeError(
+            f"calibration was given, but no pass of recipe {recipe.name!r} calibrates ({names}). Leave it out."
+        )
     if out is not None:
         check_output(out, sum(p.numel() * p.element_size() for p in source.model.parameters()))
-    outcome = run(source, recipe, inplace=inplace, progress=progress)
+    outcome = run(source, recipe, calibration=data, inplace=inplace, progress=progress)
     result = Result(outcome.runner, build_report(outcome), outcome)
     if out is not None and result.passed:
         with progress.phase("save"):
@@ -128,32 +143,34 @@ def optimize(
 
 
 def load(folder: str | Path, *, device: str | None = None, verify: bool = True) -> BaseRunner:
-    """The runner of a saved artifact, on the passes its recipe names. `verify` checks every file's sha256 first."""
+    """The runner of a saved artifact, on the passes its recipe names; or of a checkpoint that another tool quantized.
+
+    `verify` checks every file of an artifact against its sha256 first. A folder without a manifest is read as a GPTQ,
+    AWQ, compressed-tensors or block-FP8 checkpoint and decoded by our own kernels.
+    """
     folder = Path(folder)
-    read_manifest(folder)
-    if verify and (wrong := verify_artifact(folder)):
-        raise ArtifactError(f"{folder} is not as it was written: " + "; ".join(f"{m.path} {m.problem}" for m in wrong))
-    recipe = Recipe.from_yaml(folder / "recipe.yaml")
+    passes: list[Pass] = [MergeLinears(required=False), Decode()]
+    batch = 1
+    if (folder / MANIFEST).is_file() or not _is_quantized(folder):
+        read_manifest(folder)
+        if verify and (wrong := verify_artifact(folder)):
+            problems = "; ".join(f"{m.path} {m.problem}" for m in wrong)
+            raise ArtifactError(f"{folder} is not as it was written: {problems}")
+        recipe = Recipe.from_yaml(folder / "recipe.yaml")
+        passes, batch = [p for p in recipe.build_passes() if not p.stored], recipe.workload.batch
     model = load_checkpoint(folder, choose_device(device))
     tokenizer = None
     if (folder / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    context = Context(tokenizer=tokenizer, batch=recipe.workload.batch)
-    apply_passes(model, [p for p in recipe.build_passes() if not p.stored], context, Progress())
+    context = Context(tokenizer=tokenizer, batch=batch)
+    apply_passes(model, passes, context, Progress())
     return context.make_runner(model, tokenizer)
 
 
-def _check_calibration(calibration: str | Sequence[str], tokenizer: Any, recipe: Recipe) -> None:
-    """`DataError` for text that is empty or too short, and for a recipe that would silently ignore it."""
-    texts = [calibration] if isinstance(calibration, str) else list(calibration)
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError("calibration must be text, or a sequence of texts.")
-    if not "".join(texts).strip():
-        raise DataError("the calibration text is empty. Give text like what the model will be used on.")
-    tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts) if tokenizer is not None else 0
-    if tokens < CALIBRATION_TOKENS:
-        raise DataError(f"the calibration text has {tokens} tokens; at least {CALIBRATION_TOKENS} are needed.")
-    names = ", ".join(step.name for step in recipe.build_passes())
-    raise DataError(f"calibration was given, but no pass of recipe {recipe.name!r} calibrates ({names}). Leave it out.")
+def _is_quantized(folder: Path) -> bool:
+    """Whether the folder is a checkpoint that says itself how it is quantized."""
+    if (folder / "quantize_config.json").is_file():
+        return True
+    return (folder / "config.json").is_file() and inspect_checkpoint(folder).quantization_config is not None

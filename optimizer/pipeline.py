@@ -8,23 +8,35 @@ process and interleaved.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from optimizer.backends.linear import weight_bytes
 from optimizer.backends.runner import BaseRunner, EagerRunner
+from optimizer.checkpoint import check_layout, find_layout
 from optimizer.errors import DeviceError, UsageError
 from optimizer.evals.architecture import from_module
 from optimizer.evals.ceilings import Ceilings, measure_ceilings
 from optimizer.evals.gate import Floor, Measurement, Verdict, judge
 from optimizer.evals.quality import MetricComparison, QualityResult, compare, evaluate, evidence
 from optimizer.evals.roofline import StepCost
-from optimizer.evals.timing import GenerationTiming, Ratio, Workload, measure_generation, ratio
+from optimizer.evals.timing import (
+    GenerationTiming,
+    Ratio,
+    Summary,
+    Workload,
+    measure_generation,
+    ratio,
+    time_interleaved,
+)
 from optimizer.passes.base import Context, Pass, PassReport, transaction, view
+from optimizer.passes.blocks import in_float32
+from optimizer.passes.calibration import Calibration
+from optimizer.passes.quantize import Quantize
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
 from optimizer.source import Source
@@ -100,8 +112,15 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Progress | None = None) -> Outcome:
-    """Carry out `recipe` on a loaded model.
+def run(
+    source: Source,
+    recipe: Recipe,
+    *,
+    calibration: Calibration | None = None,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Carry out `recipe` on a loaded model, with `calibration` for the passes that calibrate.
 
     The caller's model stays as it was unless `inplace`: then it becomes the optimized one, whatever the verdict.
     """
@@ -111,12 +130,18 @@ def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Prog
     model = source.model
     baseline = EagerRunner(view(model), source.tokenizer)  # a view: a runner puts its model in eval mode
     workload = Workload(recipe.workload.batch, recipe.workload.prompt, recipe.workload.output)
-    context = Context(tokenizer=source.tokenizer, batch=workload.batch, progress=progress.update)
+    context = Context(
+        tokenizer=source.tokenizer, batch=workload.batch, progress=progress.update, calibration=calibration,
+        scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(_median_seconds, device=baseline.device),
+    )  # fmt: skip
     passes = recipe.build_passes()
     _check_workload(baseline, workload)
     # A second pass of a kind may rest on what the first did, so it is checked when its turn comes.
     for step in {step.name: step for step in reversed(passes)}.values():
         step.check(model, context)
+        if isinstance(step, Quantize):
+            layers, _ = step.layers(model)
+            check_layout(recipe.layout, {n: (step.scheme, m.out_features, m.in_features) for n, m in layers.items()})
     with progress.phase("baseline quality"):
         before = _quality(_reference(baseline), recipe, progress)
     with progress.phase("measure ceilings"):
@@ -141,8 +166,7 @@ def run(source: Source, recipe: Recipe, *, inplace: bool = False, progress: Prog
         judge(floors, found), *sizes, after.non_finite, dict(progress.seconds),
     )  # fmt: skip
     if inplace:
-        model._modules.clear()
-        model._modules.update(optimized._modules)
+        vars(model).update(vars(optimized))  # modules, and what a pass changed in the configuration
     return outcome
 
 
@@ -193,6 +217,11 @@ def measure_speed(
     )  # fmt: skip
 
 
+def _median_seconds(calls: Mapping[str, Callable[[], object]], *, device: torch.device) -> dict[str, float]:
+    """The median seconds of each call, interleaved."""
+    return {name: Summary.of(s).median for name, s in time_interleaved(calls, repeats=15, device=device).items()}
+
+
 def _check_workload(runner: BaseRunner, workload: Workload) -> None:
     if workload.prompt + workload.output > runner.max_context:
         raise UsageError(
@@ -205,7 +234,7 @@ def _reference(baseline: BaseRunner) -> BaseRunner:
     """The original model in the arithmetic that is both exact and fast here: see the module's docstring."""
     slow = baseline.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if slow and baseline.dtype in (torch.bfloat16, torch.float16):
-        return EagerRunner(copy.deepcopy(baseline.model).float(), baseline.tokenizer)
+        return EagerRunner(in_float32(baseline.model), baseline.tokenizer)
     return baseline
 
 

@@ -56,6 +56,14 @@ class EvaluationSpec(_Strict):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
 
+class CalibrationSpec(_Strict):
+    """How much calibration data is used: `samples` rows of at most `length` tokens, `packed` or one document each."""
+
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=8)
+    packed: bool = True
+
+
 class FloorSpec(_Strict):
     """One condition of release. `bound: interval` judges the unfavourable end of the confidence interval."""
 
@@ -72,12 +80,17 @@ class FloorSpec(_Strict):
 
 
 class Recipe(_Strict):
-    """Passes in order, the workload, the evaluation, and the floors; see the module's example."""
+    """Passes in order, the workload, the evaluation, and the floors; see the module's example.
+
+    `layout` is the format of the checkpoint that is written.
+    """
 
     name: str
     description: str = ""
     workload: WorkloadSpec = WorkloadSpec()
     evaluation: EvaluationSpec
+    calibration: CalibrationSpec = CalibrationSpec()
+    layout: str = "compressed-tensors"
     passes: list[dict[str, Any]] = Field(min_length=1)
     floors: list[FloorSpec] = Field(min_length=1)
     seed: int = 0
@@ -92,6 +105,7 @@ class Recipe(_Strict):
         except ValidationError as error:
             raise RecipeError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
         recipe.build_passes()
+        recipe.check_layout()
         return recipe
 
     @classmethod
@@ -133,6 +147,15 @@ class Recipe(_Strict):
                 raise RecipeError(f"passes.{index}: a pass needs a name, got {reprlib.repr(spec)}.")
             built.append(build_pass(spec["name"], {key: value for key, value in spec.items() if key != "name"}))
         return built
+
+    def check_layout(self) -> None:
+        """`RecipeError` for a checkpoint format that there is none of."""
+        from optimizer.layouts import LAYOUTS
+
+        if self.layout not in LAYOUTS:
+            near = difflib.get_close_matches(self.layout, LAYOUTS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"unknown layout {self.layout!r}.{hint} Layouts: {', '.join(LAYOUTS)}.")
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""

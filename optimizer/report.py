@@ -108,7 +108,10 @@ class PassEntry(_Entry):
 
 
 class LayerEntry(_Entry):
-    """One linear layer, weight `[N, K]`. Errors are relative Frobenius norms: ‖Ŵ−W‖/‖W‖ and ‖Ŷ−Y‖/‖Y‖."""
+    """One linear layer, weight `[N, K]`. Errors are relative Frobenius norms: ‖Ŵ−W‖/‖W‖ and ‖Ŷ−Y‖/‖Y‖.
+
+    `method` found its weights; `tokens` is how many calibration tokens reached it.
+    """
 
     name: str
     kind: str
@@ -119,6 +122,8 @@ class LayerEntry(_Entry):
     bytes_after: Count
     weight_error: float | None = None
     output_error: float | None = None
+    method: str | None = None
+    tokens: Count | None = None
 
 
 class QualityEntry(_Entry):

@@ -11,14 +11,14 @@ from typing import Any
 
 from optimizer import __version__
 from optimizer.artifact import installed_versions
-from optimizer.backends.linear import layer_kernel, linear_layers, stored_weight
+from optimizer.backends.linear import layer_kernel, linear_layers, stored_scheme, stored_weight
 from optimizer.evals.gate import Floor, FloorVerdict
 from optimizer.evals.quality import MetricComparison
 from optimizer.evals.timing import GenerationTiming
 from optimizer.evals.timing import Ratio as TimingRatio
 from optimizer.passes.base import Pass, PassReport
 from optimizer.pipeline import Outcome, Speed
-from optimizer.quant.rtn import QuantizedWeight
+from optimizer.quant.weight import QuantizedWeight
 from optimizer.report import (
     BandwidthPoint,
     Ceilings,
@@ -149,6 +149,7 @@ def _layers(outcome: Outcome) -> list[LayerEntry]:
     for name, module in linear_layers(outcome.runner.model).items():
         change, weight = changes.get(name), stored_weight(module)
         quantized = isinstance(weight, QuantizedWeight)
+        scheme = stored_scheme(module)
         shape = list(weight.q.shape if isinstance(weight, QuantizedWeight) else weight.shape)
         dense = 0 if isinstance(weight, QuantizedWeight) else weight.numel() * weight.element_size()
         entries.append(
@@ -156,11 +157,14 @@ def _layers(outcome: Outcome) -> list[LayerEntry]:
                 name=name,
                 kind="linear",
                 shape=shape,
-                format=weight.format.name if isinstance(weight, QuantizedWeight) else str(weight.dtype)[6:],
+                format=scheme.name if scheme else str(weight.dtype)[6:],  # type: ignore[union-attr]
                 kernel=layer_kernel(module),
                 bytes_before=change.bytes_before if change else dense,
                 bytes_after=change.bytes_after if change else dense,
                 weight_error=change.weight_error if change and quantized else None,
+                output_error=change.output_error if change and quantized else None,
+                method=change.method if change and quantized else None,
+                tokens=change.tokens if change and quantized else None,
             )
         )
     return entries

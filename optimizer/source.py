@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from optimizer.backends.linear import QuantizedLinear
+from optimizer.checkpoint import load_checkpoint
 from optimizer.errors import ModelError
 from optimizer.inspection import (
     BITS,
@@ -77,17 +79,20 @@ def load_source(
         raise ModelError(
             f"Cannot optimize a {type(model).__name__}: pass a folder, a hub id, or a transformers PreTrainedModel"
         )
-    folder, name, revision = _resolve(model, trust_remote_code=trust_remote_code)
+    folder, name, revision = resolve(model, trust_remote_code=trust_remote_code)
     info = inspect_checkpoint(folder, trust_remote_code=trust_remote_code)
     _refuse_nonfinite(str(folder), _stored_tensors(folder, info.tensors))
     if tokenizer is None and info.has_tokenizer:
         tokenizer = folder
     with quiet():
         if isinstance(tokenizer, str | Path):
-            tokenizer = _load_tokenizer(Path(tokenizer), trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(Path(tokenizer), trust_remote_code=trust_remote_code)
         if tokenizer is not None:
             check_tokenizer(tokenizer, load_config(folder, trust_remote_code=trust_remote_code))
-        loaded = _load_model(folder, trust_remote_code=trust_remote_code)
+        if info.quantization_config is not None:  # decoded by our own kernels, whoever quantized it
+            loaded = load_checkpoint(folder, torch.device(device))
+        else:
+            loaded = _load_model(folder, trust_remote_code=trust_remote_code)
     _require_linear(loaded, name)
     return Source(loaded.to(device), tokenizer, name, info, revision, info.digest)
 
@@ -102,7 +107,7 @@ def _from_object(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | st
     _require_linear(model, name)
     if isinstance(tokenizer, str | Path):
         with quiet():
-            tokenizer = _load_tokenizer(Path(tokenizer), trust_remote_code=False)
+            tokenizer = load_tokenizer(Path(tokenizer), trust_remote_code=False)
     if tokenizer is not None:
         check_tokenizer(tokenizer, model)
     return Source(model, tokenizer, name, None, None, model_digest(model))
@@ -115,8 +120,8 @@ def reference_folder() -> Path:
     return Path(str(reference.__file__)).parent / "model"
 
 
-def _resolve(model: str | Path, *, trust_remote_code: bool) -> tuple[Path, str, str | None]:
-    """(folder, name, hub commit or None)."""
+def resolve(model: str | Path, *, trust_remote_code: bool = False) -> tuple[Path, str, str | None]:
+    """The folder of a model given by path, hub id or as "reference"; its name, and its hub commit or None."""
     if model == REFERENCE:
         folder = reference_folder()
         if not folder.is_dir():
@@ -263,7 +268,8 @@ def _embedding_rows(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; `ModelError` when it cannot be loaded."""
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
@@ -308,7 +314,7 @@ def _require_linear(model: PreTrainedModel, name: str) -> None:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    if not any(isinstance(m, nn.Linear | Conv1D) and m is not head for m in model.modules()):
+    if not any(isinstance(m, nn.Linear | Conv1D | QuantizedLinear) and m is not head for m in model.modules()):
         raise ModelError(
             f"{name} ({type(model).__name__}) has no linear layer besides its output layer, so there is nothing to "
             "optimize: use a model with nn.Linear or Conv1D layers"

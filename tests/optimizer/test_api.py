@@ -21,8 +21,13 @@ from optimizer.artifact import read_manifest, verify_artifact
 from optimizer.backends.compiled import CompiledRunner
 from optimizer.backends.linear import QuantizedLinear
 from optimizer.backends.runner import EagerRunner
+from optimizer.calibration import BUILT_IN
+from optimizer.checkpoint import save_checkpoint
 from optimizer.errors import ArtifactError, DataError, DeviceError, ModelError, OutputError, RecipeError, UsageError
 from optimizer.progress import Progress
+from optimizer.quant.formats import Format, Scheme
+from optimizer.recipe import Recipe
+from tests.optimizer.quantized_models import quantized_llama
 from tests.optimizer.small_jobs import PERPLEXITY, recipe, with_ruinous_passes, without_measuring_the_machine
 from tests.optimizer.tiny_models import byte_tokenizer, tiny_llama
 
@@ -194,6 +199,28 @@ def test_a_folder_that_is_no_artifact_is_refused(folder: Path, tmp_path: Path) -
             load(path)
 
 
+@pytest.mark.parametrize("layout", ["gptq", "awq", "compressed-tensors"])
+def test_a_checkpoint_of_another_tool_is_served_by_our_kernels(layout: str, tmp_path: Path) -> None:
+    # Such a folder has no recipe and no manifest, as those of GPTQModel, AutoAWQ and llm-compressor.
+    model = quantized_llama(Scheme(Format(4, True, 32)), scale_dtype=torch.float16)
+    save_checkpoint(model, byte_tokenizer(), tmp_path, layout)
+    with torch.no_grad():
+        expected = model(TOKENS).logits[:, -1]
+    runner = load(tmp_path)
+    assert isinstance(runner, CompiledRunner)
+    torch.testing.assert_close(runner.prefill(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    assert {kernel.partition("[")[0] for kernel in runner.ledger.kernels.values()} == {"w4a16_linear", "aten::linear"}
+
+
+def test_a_checkpoint_that_is_quantized_already_can_be_optimized_further(tmp_path: Path) -> None:
+    model = quantized_llama(Scheme(Format(8)))
+    save_checkpoint(model, byte_tokenizer(), tmp_path)
+    passes = [{"name": "merge_linears"}, {"name": "decode", "compile": False}]
+    result = optimize(tmp_path, recipe({"metric": PERPLEXITY, "at_most": 1.05}, passes=passes))
+    assert result.passed
+    assert "w8a16_linear" in " ".join(result.model.ledger.kernels.values())
+
+
 def state(model: Any) -> dict[str, Any]:
     return {
         "modules": {name: id(module) for name, module in model.named_modules()},
@@ -260,21 +287,57 @@ def test_the_callers_random_states_threads_and_modes_stay_as_they_were(folder: P
         assert not torch.is_grad_enabled()
 
 
+CALIBRATING = (
+    {"bits": 4, "group_size": 32, "method": "gptq"},
+    {"bits": 4, "group_size": 32, "method": "awq"},
+    {"activations": "int8", "smooth": True},
+    {"activations": "int8-static"},
+)
+
+
+def calibrating(**options: Any) -> Recipe:
+    return recipe(passes=[{"name": "quantize", **options}, {"name": "decode", "compile": False}])
+
+
+@pytest.mark.parametrize("options", CALIBRATING, ids=str)
+def test_a_recipe_that_calibrates_uses_what_it_is_given(options: dict[str, Any], folder: Path) -> None:
+    progress = Progress()
+    text = "Calibrate on this, and on nothing else. " * 40
+    result = optimize(folder, calibrating(**options), calibration=text, progress=progress)
+    assert "calibration data" in progress.seconds
+    notes = [note for _, report in result.outcome.passes for note in report.notes]
+    assert "calibrated on 7 rows, 1600 tokens of given data" in notes
+
+
+def test_a_recipe_that_calibrates_says_that_it_was_given_nothing(folder: Path) -> None:
+    result = optimize(folder, calibrating(**CALIBRATING[0]))
+    assert f"tokens of {BUILT_IN}" in str([report.notes for _, report in result.outcome.passes])
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("data", "message"),
     [
-        ("", "the calibration text is empty"),
-        ([], "the calibration text is empty"),
-        (" \n", "the calibration text is empty"),
+        ("", "the calibration data is empty"),
+        ([], "the calibration data is empty"),
         ("too short", "has 9 tokens; at least 512 are needed"),
-        ([b"bytes"], "calibration must be text"),
-        ("x" * 1000, r"no pass of recipe 'small' calibrates \(quantize, merge_linears, decode\)"),
-        (["x" * 500] * 2, "no pass of recipe 'small' calibrates"),
+        ([b"bytes"], "row 0, of type bytes"),
+        ([[320] * 600], "has token 320; the model's ids are 0 to 319"),
+        (Path("no such file"), "does not exist"),
     ],
 )
-def test_calibration_that_cannot_be_used_is_refused(text: Any, message: str, folder: Path) -> None:
+def test_calibration_that_cannot_be_used_is_refused_before_any_work(data: Any, message: str, folder: Path) -> None:
+    progress = Progress()
     with pytest.raises(DataError, match=message):
-        optimize(folder, recipe(), calibration=text)
+        optimize(folder, calibrating(**CALIBRATING[0]), calibration=data, progress=progress)
+    assert set(progress.seconds) == {"load", "calibration data"}
+
+
+@pytest.mark.parametrize("data", ["x" * 1000, ["x" * 500] * 2, "", []])
+def test_calibration_for_a_recipe_that_does_not_calibrate_is_refused(data: Any, folder: Path) -> None:
+    progress = Progress()
+    with pytest.raises(RecipeError, match=r"no pass of recipe 'small' calibrates \(quantize, merge_linears, decode\)"):
+        optimize(folder, recipe(), calibration=data, progress=progress)
+    assert set(progress.seconds) == {"load"}
 
 
 def test_a_model_without_tokenizer_is_refused_before_any_work(folder: Path) -> None:
