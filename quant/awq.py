@@ -3,13 +3,14 @@
 Lin et al. 2023, https://arxiv.org/abs/2306.00978. Objective: the squared error of the outputs on the calibration tokens
 of all linears that share an input, `Σ_i tr(ΔW_i H ΔW_iᵀ)` (see `gram`), over one scale for that input:
 
-    Ŵ_i = Q(W_i diag(s)) diag(s)⁻¹,   s = absmean^α, centred so that max s · min s = 1
+    Ŵ_i = Q(W_i diag(s)) diag(s)⁻¹,   s = absmean^α or absmean^α / size^(1-α), centred so that max s · min s = 1
 
 | symbol    | shape    | meaning                                                          |
 |-----------|----------|------------------------------------------------------------------|
 | `W_i`     | [N_i, K] | weights of the linears that read one input                       |
 | `s`       | [K]      | what the input is divided by, and `W_i` multiplied               |
 | `absmean` | [K]      | mean magnitude of each input channel                             |
+| `size`    | [K]      | mean magnitude of each weight column, over all rows              |
 | `α`       | –        | tried over 0 … 1; 0 is no scale, so the search can only help     |
 | `H_g`     | [g, g]   | the block of the Gram matrix of one group of g columns           |
 
@@ -85,11 +86,16 @@ def search_scale(
     identity = torch.ones_like(absmean)
     samples = [sample_rows(weight, config.rows) for weight in weights]
     best, least = identity, _rounding_error(samples, identity, H, format, dtype)
+    size = torch.cat(samples).abs().mean(0)
+    live = (absmean > 0) & (size > 0)
     for step in range(1, config.grid + 1):
-        scale = foldable_scale(absmean.double() ** (step / config.grid), absmean > 0, reduce)
-        error = _attempt(samples, scale, H, format, dtype)
-        if error < least:
-            best, least = scale, error
+        alpha = step / config.grid
+        by_input = absmean.double() ** alpha
+        for raw in (by_input, by_input / size.double().clamp(min=torch.finfo(torch.float32).tiny) ** (1 - alpha)):
+            scale = foldable_scale(raw, live, reduce)
+            error = _attempt(samples, scale, H, format, dtype)
+            if error < least:
+                best, least = scale, error
     if best is identity or all(len(w) <= config.rows for w in weights):
         return best
     whole = [weight.detach().float() for weight in weights]

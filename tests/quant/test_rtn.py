@@ -360,3 +360,20 @@ def test_any_floats_give_a_finite_weight_within_bounds_or_a_typed_error(
         return
     assert bool(torch.isfinite(got.dequantize(torch.float64)).all())
     assert bool(((weight.double() - decoded(got)).abs() <= bound(got)).all())
+
+
+@pytest.mark.parametrize("clip", ["max", "mse"])
+@pytest.mark.parametrize("format", [*FORMATS, *FLOATS], ids=lambda f: f.name)
+def test_rounding_few_rows_at_a_time_changes_no_bit(format: Format, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(k=256, rows=2 * BLOCK + 5)
+    weight[-1] *= 9  # what a tensor's scale must reach lies in the last rows
+    whole = quantize_rtn(weight, format, torch.float32, clip=clip)
+    monkeypatch.setattr("optimizer.quant.rtn._CHUNK", 1)
+    parts = quantize_rtn(weight, format, torch.float32, clip=clip)
+    grid = fit_grid(weight, format, torch.float32, clip=clip)
+    for found in (whole, parts):
+        assert torch.equal(found.q.view(torch.uint8), grid.encode(weight).view(torch.uint8))
+        assert torch.equal(found.scale.view(torch.uint8), grid.scale.view(torch.uint8))
+        assert (found.zero is None) == (grid.zero is None)
+        assert found.zero is None or torch.equal(found.zero, grid.zero)
+        assert found.global_scale is None or torch.equal(found.global_scale, grid.global_scale)
