@@ -70,7 +70,7 @@ def test_a_scale_never_does_harm(format: Format, outliers: float) -> None:
 
 def test_the_search_takes_the_best_of_its_grid() -> None:
     x, weight, gram = problem()
-    format, size = Format(4, True, 32), weight.abs().double().mean(0)
+    format, size = Format(4, True, 32), weight.abs().mean(0).double()
     found = [scaled_loss(x, [weight], torch.ones(K), format)]
     for i in range(1, 6):
         for raw in (gram.absmean.double() ** (i / 5), gram.absmean.double() ** (i / 5) / size ** (1 - i / 5)):
