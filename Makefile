@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := optimizer passes quant backends evals tests benchmarks
 
-.PHONY: help setup demo test fast lint typecheck slow bench train clean
+.PHONY: help setup demo test fast lint typecheck slow bench bench-quality train clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 setup: .venv/.installed ## create .venv and install everything into it
 
@@ -38,6 +38,9 @@ slow: setup ## tests that take minutes
 
 bench: setup ## measure decode against Hugging Face generate; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.decode
+
+bench-quality: setup ## perplexity of every quantization scheme; writes docs/quality.md
+	$(BIN)/python -m benchmarks.quality
 
 train: setup ## train the reference model again (over an hour on two cores)
 	$(BIN)/python evals/reference/train.py

@@ -1,4 +1,4 @@
-"""Decode speed of every built-in recipe's passes against Hugging Face eager `generate`, interleaved in one process.
+"""Decode speed of the recipes that have kernels of their own against Hugging Face eager `generate`, interleaved.
 
     python -m benchmarks.decode [MODEL] [--batch 1] [--prompt 128] [--output 64] [--repeats 9]
 
@@ -23,10 +23,12 @@ from optimizer.evals.timing import Workload, measure_generation, ratio
 from optimizer.passes.base import Context, view
 from optimizer.pipeline import apply_passes, choose_device
 from optimizer.progress import Progress
-from optimizer.recipe import Recipe, builtin
+from optimizer.recipe import Recipe
 from optimizer.source import load_source
 
 BASELINE = "Hugging Face generate"
+RECIPES = ("default", "int4-rtn")
+"""One recipe a weight format: how the integers were found does not change the speed."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -34,10 +36,8 @@ def runners(model: Any, tokenizer: Any, workload: Workload) -> dict[str, BaseRun
     """The baseline, the unquantized model compiled, and one runner for each distinct list of passes."""
     found: dict[str, BaseRunner] = {BASELINE: EagerRunner(model, tokenizer)}
     lists = {"merge + decode, not quantized": [{"name": "merge_linears"}, {"name": "decode"}]}
-    for name, path in builtin().items():
-        passes = Recipe.from_yaml(path).passes
-        if passes not in lists.values():
-            lists[f"recipe {name}"] = passes
+    for name in RECIPES:
+        lists[f"recipe {name}"] = Recipe.load(name).passes
     template = Recipe.load("default")
     for name, passes in lists.items():
         copy, context = view(model), Context(tokenizer=tokenizer, batch=workload.batch)
