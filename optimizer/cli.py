@@ -26,6 +26,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="A local folder, a hub id, or `reference` for the embedded model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="Text (.txt) or rows (.jsonl, .json, .parquet) to calibrate on; else built-in text.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 RemoteCode = Annotated[bool, typer.Option(help="Run Python code that the model's repository ships.")]
@@ -36,6 +39,7 @@ def run(
     model: Model = "reference",
     recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Folder for the artifact; its report lies beside it.")] = None,
+    calibration: Calibration = None,
     device: Device = "auto",
     ungated: Annotated[
         bool,
@@ -57,8 +61,8 @@ def run(
         progress = progress_for(quiet)
         with progress:
             result = optimize(
-                model, recipe, device=device, progress=progress, trust_remote_code=trust_remote_code,
-                out=None if out is None else out / "artifact",
+                model, recipe, calibration=calibration, device=device, progress=progress,
+                trust_remote_code=trust_remote_code, out=None if out is None else out / "artifact",
             )  # fmt: skip
             if out is not None and ungated and not result.passed:
                 result.save(out / "artifact", ungated=True)
@@ -90,6 +94,53 @@ def _fate(artifact: Path, passed: bool, ungated: bool) -> str:
         return f"{artifact}, marked UNGATED"
     earlier = f"; {artifact} is an earlier run's, untouched" if artifact.exists() else ""
     return f"none, the gate refused it{earlier}"
+
+
+@app.command()
+def quantize(
+    model: Model,
+    recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the artifact.")],
+    calibration: Calibration = None,
+    device: Device = "auto",
+    restart: Annotated[bool, typer.Option(help="Throw away the work of an earlier run instead of going on.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a checkpoint of any size block by block, without evaluating it; goes on where a killed run stopped."""
+    from optimizer.display import progress_for
+
+    with _errors_to_exit(as_json):
+        from dataclasses import asdict
+
+        from optimizer.streaming import quantize_checkpoint
+
+        progress = progress_for(quiet)
+        with progress:
+            done = quantize_checkpoint(
+                model, recipe, out, calibration=calibration, device=device, restart=restart, progress=progress
+            )
+        report = done.report
+        if as_json:
+            _echo_json(
+                {
+                    "artifact": str(done.artifact),
+                    "resumed_at": done.resumed_at,
+                    "predicted": asdict(done.predicted),
+                    "report": asdict(report),
+                }
+            )
+            return
+        typer.echo(
+            f"quantized {report.matched} of {report.expected} layers, {report.bytes_before / 1e9:.2f} to "
+            f"{report.bytes_after / 1e9:.2f} GB, in {done.seconds:.0f} s"
+            + (f" (went on at part {done.resumed_at})" if done.resumed_at else "")
+        )
+        for skip in report.skipped:
+            typer.echo(f"left as it was: {skip.name} ({skip.reason})")
+        for note in report.notes:
+            typer.echo(note)
+        typer.echo(f"artifact: {done.artifact}, UNGATED: nothing was evaluated")
 
 
 @app.command()

@@ -224,6 +224,19 @@ def test_verify_names_the_file_with_a_flipped_byte_and_exits_3(file: str, artifa
     assert [item["path"] for item in json.loads(as_json.stdout)["mismatches"]] == [file]
 
 
+def test_quantize_writes_an_artifact_and_says_that_nothing_was_evaluated(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quantized"
+    ran = invoke("quantize", work / "model", "--recipe", work / "easy.yaml", "--out", out, "--device", "cpu")
+    assert ran.exit_code == 0, ran.output
+    assert "quantized 14 of 14 layers" in ran.stdout
+    assert "left as it was: lm_head (named in ignore)" in ran.stdout
+    assert "UNGATED: nothing was evaluated" in ran.stdout
+    assert read_manifest(out).verdict == "ungated"
+    again = invoke("quantize", work / "model", "--recipe", work / "easy.yaml", "--out", tmp_path / "b", "--json", "-q")
+    assert json.loads(again.stdout)["report"]["matched"] == 14
+    assert read_manifest(tmp_path / "b").digest == read_manifest(out).digest
+
+
 def test_recipes_lists_the_built_in_ones() -> None:
     ran = invoke("recipes")
     assert [line.split()[0] for line in ran.stdout.splitlines()] == list(builtin())
@@ -285,7 +298,7 @@ def test_bench_times_two_models_side_by_side(work: Path, passed: tuple[Ran, Path
     assert f"{model} (again) is " in text.stdout
 
 
-@pytest.mark.parametrize("command", ["", "run", "recipes", "eval", "bench", "roofline", "verify", "doctor"])
+@pytest.mark.parametrize("command", ["", "run", "quantize", "recipes", "eval", "bench", "roofline", "verify", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     for flag in ("--help", "-h"):
         ran = invoke(*([command] if command else []), flag)
