@@ -161,6 +161,7 @@ class _Job:
             "calibration": None if self.ctx.calibration is None else self.ctx.calibration.digest,
             "versions": {"roofline-optimizer": __version__, **versions},
             "device": str(self.device),
+            "threads": torch.get_num_threads(),  # sums in another order round differently
         }
 
     def preflight(self, resumed_at: int) -> Preflight:

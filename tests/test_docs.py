@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from benchmarks import streaming
 from benchmarks.decode import markdown
 from optimizer.cli import app
 from optimizer.recipe import builtin
@@ -54,6 +55,11 @@ def test_relative_links_lead_somewhere(document):
 def test_the_readme_shows_the_committed_result():
     result = json.loads((ROOT / "benchmarks/results/decode-cpu.json").read_text(encoding="utf-8"))
     assert markdown(result) in README
+
+
+def test_the_page_on_streaming_shows_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/streaming.json").read_text(encoding="utf-8"))
+    assert streaming.markdown(result["rows"]) in (ROOT / "docs/streaming.md").read_text(encoding="utf-8")
 
 
 def test_every_gpu_claim_names_a_result_or_says_not_measured():
