@@ -91,7 +91,7 @@ def peak_rss_bytes() -> int:
 
 def _summary(outcome: Outcome, missed: list[str]) -> str:
     speed, size = outcome.speed, outcome.weight_bytes / outcome.baseline_weight_bytes
-    gain = f"decode {speed.decode.median:.2f}× faster, weights {size:.2f}× the size"
+    gain = f"decode at {speed.decode.median:.2f}× the speed, weights {size:.2f}× the size"
     if missed:
         return (
             f"Not released: {len(missed)} of {len(outcome.verdict.floors)} floors missed ({', '.join(missed)}); {gain}."
