@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE = Path(__file__).with_name("cpu") / "ops.cpp"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 
 
@@ -60,7 +60,8 @@ def _built(compiler: str) -> Path:
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256()
-    for part in (SOURCE.read_text(), *FLAGS, version, torch.__version__, platform.machine(), _processor()):
+    sources = [file.read_text() for file in sorted(SOURCE.parent.iterdir())]
+    for part in (*sources, *FLAGS, version, torch.__version__, platform.machine(), _processor()):
         key.update(part.encode() + b"\0")
     library = cache_folder() / f"cpu-{key.hexdigest()[:24]}.so"
     if library.exists():

@@ -8,17 +8,38 @@ device and take precedence there. Schemas are registered once a process, so modu
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 
+from optimizer.backends.kernels.gpu import triton
+
 _LIBRARY = torch.library.Library("optimizer", "FRAGMENT")
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Declare `optimizer::name` from its schema and return the op, `torch.ops.optimizer.name.default`."""
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any] | None = None
+) -> Any:
+    """Declare `optimizer::name` from its schema and return the op, `torch.ops.optimizer.name.default`.
+
+    `cuda` launches its Triton kernels; where Triton is missing the reference serves CUDA tensors too.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if cuda is not None and triton is not None:
+        _LIBRARY.impl(name, _on_its_device(cuda), "CUDA")
     torch.library.register_fake(f"optimizer::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.optimizer, name).default
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the device of the first argument: Triton launches on the current one."""
+
+    @wraps(launch)
+    def guarded(x: torch.Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return launch(x, *args)
+
+    return guarded

@@ -9,7 +9,7 @@
     bias   [N], the activation type
 
 K and the group are multiples of 32. Accumulates in float32 and rounds once. Moves at least N K / 2 + 4 N G bytes
-of weights. On a CPU (`cpu.cpp`): fewer than 16 rows run as a GEMV that decodes weights in registers, more decode
+of weights. On a CPU (`cpu/linear.h`): fewer than 16 rows run as a GEMV that decodes weights in registers, more decode
 the weight once and call a GEMM. That is sgemm, but for bfloat16 activations on a processor with bfloat16 instructions:
 there the decoded weight is rounded to bfloat16 as well, as a plain checkpoint's would be.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,8 +53,9 @@ def test_the_key_changes_with_source_flags_compiler_torch_and_processor(
 ) -> None:
     script = str(compiler("1"))
     libraries = {build._built(script)}
-    source = tmp_path / "changed.cpp"
-    source.write_text(build.SOURCE.read_text() + "\n// one more line\n")
+    source = Path(shutil.copytree(build.SOURCE.parent, tmp_path / "changed")) / build.SOURCE.name
+    header = source.with_name("linear.h")
+    header.write_text(header.read_text() + "\n// one more line\n")
     for change in (
         lambda m: m.setattr(build, "SOURCE", source),
         lambda m: m.setattr(build, "FLAGS", (*build.FLAGS, "-g")),
