@@ -38,7 +38,6 @@ from optimizer.passes.quantize_block import quantize_block, quantize_layers
 from optimizer.pipeline import choose_device
 from optimizer.preflight import Preflight, Sizes, predict, rehearse, require_room, resident_bytes
 from optimizer.progress import Progress
-from optimizer.quant.activations import check_activation
 from optimizer.recipe import Recipe
 from optimizer.source import check_tokenizer, load_tokenizer, resolve
 from optimizer.work_folder import WorkFolder, device_memory, system_memory
@@ -168,10 +167,6 @@ class _Job:
         """Refuse a job for which memory or disk are too small, and rehearse the last step with the smallest layer."""
         shapes = {n: (self.step.scheme, m.out_features, m.in_features) for n, m in self.chosen.items()}
         check_layout(self.recipe.layout, shapes)
-        if (activation := self.step.scheme.activation) is not None:
-            scale = None if activation.dynamic else torch.ones(1)
-            for linear in self.chosen.values():
-                check_activation(activation, linear.in_features, scale)
         needed = predict(self.step, self.chosen, self.blocks, self._sizes(), device=self.device)
         self.progress.update(f"needs about {needed}", 0, 1)
         accelerator = device_memory(self.device) if self.device.type == "cuda" else 0

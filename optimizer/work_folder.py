@@ -147,12 +147,35 @@ def _differences(found: Any, wanted: Any, path: str = "") -> Iterator[str]:
 
 
 def system_memory() -> int:
-    """Bytes of memory that a new job can use on this machine, by the kernel's estimate; 0 where it gives none."""
+    """Bytes of memory that a new job can use: what the kernel says is available, within the container's limit.
+
+    0 where neither is known.
+    """
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return 0
+        free = 0
+    limit = container_memory(Path("/sys/fs/cgroup"))
+    return free if limit is None else min(free, max(0, limit))
+
+
+def container_memory(root: Path) -> int | None:
+    """Bytes that the control group at `root` still allows, not counting file pages it can drop; None: no limit."""
+    for limit_file, used_file in CGROUPS:
+        try:
+            limit, used = ((root / name).read_text(encoding="ascii").strip() for name in (limit_file, used_file))
+            lines = (root / used_file).with_name("memory.stat").read_text(encoding="ascii").splitlines()
+            stat = dict(line.split() for line in lines)
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            return int(limit) - int(used) + int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    return None
+
+
+CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+"""Where a container reads its memory limit and use: version 2 of control groups, and version 1."""
 
 
 def device_memory(device: torch.device) -> int:

@@ -33,8 +33,8 @@ def block_names(model: Any) -> list[str]:
         if isinstance(module, nn.ModuleList) and len(module) == layers and len({type(m) for m in module}) == 1:
             return [f"{name}.{index}" for index in range(len(module))]
     raise ModelError(
-        f"{type(model).__name__} has no list of {layers} decoder blocks. Calibration walks such blocks; use a method "
-        "without calibration (method: rtn)."
+        f"{type(model).__name__} has no list of {layers} decoder blocks. Calibration and block-by-block work walk such "
+        "blocks; a method without calibration (method: rtn) on the whole model in memory does not."
     )
 
 

@@ -7,6 +7,7 @@ now, produces the inputs of the next, so that later layers see and can mend the 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ from optimizer.quant.rtn import Clip
 
 Method = Literal["rtn", "awq", "gptq"]
 
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2", "dense", "dense_4h_to_h", "w2")
+"""Layers whose input features are what tensor parallelism splits (Megatron-LM, arXiv:1909.08053); others split rows."""
+
 PROBE_TOKENS = 32
 """Tokens of the run that finds and verifies where scales can be folded."""
 
@@ -44,7 +48,8 @@ class Quantize:
     `clip`ped at their maximum or by search (`mse`); `awq` scales channels by their activations first; `gptq` spreads
     each column's error over the later ones, largest activations first (`act_order`), with `damp` on the Hessian.
     `smooth` moves activation outliers into the weights (SmoothQuant), with a fixed `alpha` or the best for each site.
-    An expert that no calibration token reached is an error, unless `unrouted: rtn` rounds it.
+    An expert that no calibration token reached is an error, unless `unrouted: rtn` rounds it. `tensor_parallel` is how
+    many devices a server will split the layers over: groups must fill each one's share.
 
     `targets` and `ignore` hold layer names, classes or `re:` patterns; a GPT-2 `Conv1D` and each expert of a fused bank
     count as a `Linear`. The head is ignored by default: it decides every token, and where it is tied it is also the
@@ -65,6 +70,7 @@ class Quantize:
     act_order: bool = True
     damp: float = 0.01
     unrouted: str = "error"
+    tensor_parallel: int = 1
     targets: Sequence[str] = ("Linear",)
     ignore: Sequence[str] = ("lm_head",)
     required: bool = True
@@ -93,6 +99,8 @@ class Quantize:
         activation = ACTIVATIONS.get(self.activations)
         if activation is not None and not weight.symmetric:
             raise RecipeError("quantize: activations are rounded for symmetric weights only. Use symmetric: true.")
+        if self.tensor_parallel < 1:
+            raise RecipeError(f"quantize.tensor_parallel is {self.tensor_parallel}; it counts devices, at least 1.")
         GPTQ(damp=self.damp, act_order=self.act_order)  # validates
         object.__setattr__(self, "scheme", Scheme(weight, activation))
 
@@ -133,17 +141,25 @@ class Quantize:
         return f"method {self.method}" if self.method != "rtn" else "smooth" if self.smooth else self.activations
 
     def _check_groups(self, layers: Mapping[str, nn.Linear]) -> None:
-        g = self.format.group_size
-        uneven = [(n, m.in_features) for n, m in layers.items() if g > 0 and m.in_features % g]
+        """Groups of weights and inputs fill each layer's input, on each of `tensor_parallel` devices."""
+        ranks = {n: self.tensor_parallel if n.rpartition(".")[2] in ROW_PARALLEL else 1 for n in layers}
+        inputs = self.scheme.activation.group_size if self.scheme.activation else -1
+        g = math.lcm(max(1, self.format.group_size), max(1, inputs))
+        uneven = [(n, m.in_features) for n, m in layers.items() if g > 1 and m.in_features % (g * ranks[n])]
         if not uneven:
             return
+        if all(k % g == 0 for _, k in uneven):
+            names = ", ".join(f"{name} (K = {k})" for name, k in uneven[:5]) + (", …" if len(uneven) > 5 else "")
+            raise RecipeError(
+                f"on {self.tensor_parallel} devices each holds K / {self.tensor_parallel} input features of these "
+                f"layers, which groups of {g} do not fill: {names}. Use smaller groups, or a smaller tensor_parallel."
+            )
         names = ", ".join(f"{name} (K = {k})" for name, k in uneven[:5]) + (", …" if len(uneven) > 5 else "")
         usable = [s for s in (128, 64, 32) if all(k % s == 0 for _, k in uneven)]
-        remedy = f"Use {'group_size ' + str(usable[0]) + ' or ' if usable else ''}group_size -1 (one scale a row), or "
+        other = f"Use {f'group_size {usable[0]} or ' if usable else ''}group_size -1 (one scale a row), or name"
         raise RecipeError(
             f"group size {g} does not divide the input features of {len(uneven)} layers: {names}. "
-            + (remedy if self.weights == "int" else "").strip()
-            + f" {'name' if self.weights == 'int' else 'Name'} them in quantize.ignore."
+            f"{other if self.weights == 'int' and inputs < 1 else 'Name'} them in quantize.ignore."
         )
 
     def run(self, model: nn.Module, ctx: Context) -> PassReport:

@@ -2,8 +2,8 @@
 
     python -m optimizer.backends.kernels.ahead [--kernel NAME] [--markdown | --json]
 
-Registers, local memory (spills) and shared memory are those the assembler reports for the cubin. Features are looked for
-in the generated PTX.
+Registers, local memory (spills) and shared memory are those the assembler reports for the cubin. Features are looked
+for in the generated PTX.
 """
 
 from __future__ import annotations

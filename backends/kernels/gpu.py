@@ -1,8 +1,8 @@
 """Triton as the kernel files use it: the decorator, and how a kernel says which of its builds are shipped.
 
-Triton comes with CUDA builds of PyTorch and is absent from others. Without it the kernels below keep their names, the
-references serve, and a launch is an error. With `TRITON_INTERPRET=1` in the environment before this is imported, kernels
-run on CPU tensors, one program after the other: that is how the tests check their arithmetic without a device.
+Triton comes with CUDA builds of PyTorch and is absent from others. Without it the kernels keep their names, the
+references serve, and a launch is an error. With `TRITON_INTERPRET=1` in the environment before this is imported,
+kernels run on CPU tensors, one program after the other: so the tests check their arithmetic without a device.
 """
 
 from __future__ import annotations

@@ -506,7 +506,7 @@ def test_calibration_data_where_none_is_used_and_too_little_where_it_is(llama: P
     ("chosen", "reason"),
     [
         (recipe("awq"), r"int8-channel|8 bits|bits"),
-        (recipe(weights="fp8-block", activations="fp8-group"), r"groups do not divide 64 input features"),
+        (recipe(weights="fp8-block", activations="fp8-group"), r"group size 128 does not divide the input features"),
     ],
 )
 def test_what_a_layout_or_an_activation_cannot_hold_is_refused_before_the_work(

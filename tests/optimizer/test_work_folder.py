@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optimizer import work_folder
 from optimizer.errors import OutputError
-from optimizer.work_folder import STATE, WorkFolder, device_memory, system_memory
+from optimizer.work_folder import STATE, WorkFolder, container_memory, device_memory, system_memory
 
 JOB = {"model": "a", "recipe": {"passes": [{"bits": 4}, {"bits": 8}], "layout": "packed"}, "calibration": None}
 DTYPES = (
@@ -442,3 +442,25 @@ def test_the_memory_is_the_kernels_estimate_or_unknown(
         file.write_text(content, encoding="ascii")
     monkeypatch.setattr(work_folder, "Path", lambda _: file)
     assert system_memory() == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "4000", "memory.current": "1500", "memory.stat": "anon 1000\ninactive_file 500\n"}, 3000),
+        ({"memory.max": "max", "memory.current": "1500", "memory.stat": "inactive_file 500\n"}, None),
+        (
+            {
+                "memory/memory.limit_in_bytes": "900", "memory/memory.usage_in_bytes": "300",
+                "memory/memory.stat": "cache 100\ntotal_inactive_file 50\n",
+            },
+            650,
+        ),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_a_containers_limit_bounds_the_memory(files: dict[str, str], left: int | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="ascii")
+    assert container_memory(tmp_path) == left

@@ -124,6 +124,19 @@ def test_groups_that_do_not_fill_a_row_name_the_layers_and_the_way_out() -> None
         Quantize(bits=4, group_size=32).check(odd, Context())
 
 
+def test_groups_fill_what_each_device_of_a_tensor_parallel_server_holds() -> None:
+    Quantize(bits=4, group_size=64, tensor_parallel=2, targets=["down_proj", "q_proj"]).check(llama(), Context())
+    with pytest.raises(RecipeError, match=r"on 4 devices each holds K / 4 .* groups of 64 .*down_proj \(K = 128\)"):
+        Quantize(bits=4, group_size=64, tensor_parallel=4, targets=["down_proj", "q_proj"]).check(llama(), Context())
+    with pytest.raises(RecipeError, match="counts devices, at least 1"):
+        Quantize(tensor_parallel=0)
+
+
+def test_groups_of_activations_fill_the_input_too() -> None:
+    with pytest.raises(RecipeError, match=r"group size 128 does not divide .*\(K = 64\)"):
+        Quantize(weights="fp8-block", activations="fp8-group").check(llama(), Context())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named_and_the_model_is_restored(bad: float) -> None:
     model = llama()
