@@ -14,7 +14,8 @@ from optimizer.backends.linear import QuantizedLinear
 from optimizer.errors import ModelError, PassError
 from optimizer.passes.base import Context, LayerChange, Skip
 from optimizer.passes.blocks import BlockInputs
-from optimizer.passes.folds import Site, find_sites, fold, shared_scale
+from optimizer.passes.fold_sites import find_sites
+from optimizer.passes.folds import Site, fold, shared_scale
 from optimizer.passes.merge_linears import SIBLINGS
 from optimizer.quant.activations import static_scale
 from optimizer.quant.awq import quantize_awq

@@ -11,7 +11,8 @@ from transformers import DynamicCache, FalconConfig, FalconForCausalLM, LlamaCon
 
 from optimizer.errors import DataError, UsageError
 from optimizer.passes.base import view
-from optimizer.passes.folds import Site, find_sites, fold, shared_scale
+from optimizer.passes.fold_sites import find_sites
+from optimizer.passes.folds import Site, fold, shared_scale
 from optimizer.passes.linearize import linearize
 from tests.passes.small_architectures import (
     ARCHITECTURES,
