@@ -11,7 +11,9 @@
 K and the group are multiples of 32. Accumulates in float32 and rounds once. Moves at least N K / 2 + 4 N G bytes
 of weights. On a CPU (`cpu/linear.h`): fewer than 16 rows run as a GEMV that decodes weights in registers, more decode
 the weight once and call a GEMM. That is sgemm, but for bfloat16 activations on a processor with bfloat16 instructions:
-there the decoded weight is rounded to bfloat16 as well, as a plain checkpoint's would be.
+there the decoded weight is rounded to bfloat16 as well, as a plain checkpoint's would be. On a CUDA device
+(`weight_only.py`): up to 64 rows of 16 bits multiply on the tensor cores while the weight is decoded in registers,
+from this same layout; everything else decodes the weight once and calls cuBLAS.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from optimizer.backends.kernels.library import define
 from optimizer.backends.kernels.linear import dequantized_linear, linear_fake
+from optimizer.backends.kernels.weight_only import build, weight_only_cuda
 
 BLOCK = 32
 
@@ -44,8 +47,23 @@ def w4a16_linear_ref(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None
     return dequantized_linear(x, unpack_int4(data), scale, zero, bias)
 
 
+def _w4a16_linear_cuda(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    return weight_only_cuda(x, data, scale, zero, bias, bits=4)
+
+
 w4a16_linear = define(
     "w4a16_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor",
     w4a16_linear_ref,
     linear_fake,
+    cuda=_w4a16_linear_cuda,
+)
+
+SHIPPED = (
+    *(build(f"g128, up to {rows} rows", 4, rows, groups=32) for rows in (8, 16, 32, 64)),
+    build("g128, up to 8 rows, whole K", 4, 8, groups=32, split=False),
+    build("g128 asymmetric, up to 8 rows", 4, 8, groups=32, asym=True),
+    build("g128 asymmetric, up to 64 rows", 4, 64, groups=32, asym=True),
+    build("g64, up to 8 rows", 4, 8, groups=64),
+    build("channel-wise, up to 8 rows", 4, 8),
+    build("g128 float16, up to 8 rows", 4, 8, groups=32, dtype=torch.float16),
 )

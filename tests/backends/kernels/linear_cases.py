@@ -35,25 +35,27 @@ class Case:
         """What the op is called with."""
         return (x, *self.weight, self.bias)
 
-    def expected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def expected(self, x: Tensor, *, unit: float = 2.0**-24, decoded: bool = False) -> tuple[Tensor, Tensor]:
         """The product in float64, and how far a float32 accumulation that rounds once may be from it.
 
         A sum of K products in any order, and the few operations around it, is off by at most (K + 16) u times the sum
-        of magnitudes (Higham, Accuracy and Stability, 3.1); the result is then rounded to the type of `x`.
+        of magnitudes (Higham, Accuracy and Stability, 3.1); the result is then rounded to the type of `x`. `unit` is u,
+        and `decoded` says that each weight was rounded to the type of `x` first, half an ulp off.
         """
         bias = 0 if self.bias is None else self.bias.double()
         product = x.double() @ self.exact.t() + bias
         sums = x.double().abs() @ self.magnitude.t() + abs(bias)
-        error = (x.shape[-1] + 16) * 2.0**-24 * sums
-        if x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            # With bfloat16 instructions, many rows are multiplied by the weight rounded to bfloat16, half an ulp off.
-            error = error + 2.0**-9 * (x.double().abs() @ self.exact.abs().t())
+        error = (x.shape[-1] + 16) * unit * sums
         kind = torch.finfo(x.dtype)
+        # With bfloat16 instructions, a CPU multiplies many rows by the weight rounded to bfloat16.
+        native = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if decoded or native:
+            error = error + kind.eps / 2 * (x.double().abs() @ self.exact.abs().t())
         return product, error + kind.eps / 2 * (product.abs() + error) + kind.smallest_normal * kind.eps
 
-    def check(self, got: Tensor, x: Tensor) -> None:
+    def check(self, got: Tensor, x: Tensor, *, unit: float = 2.0**-24, decoded: bool = False) -> None:
         """`got` has the type of `x`, the shape of the product, and lies within its error."""
-        product, error = self.expected(x)
+        product, error = self.expected(x, unit=unit, decoded=decoded)
         assert got.dtype == x.dtype
         assert got.shape == product.shape
         off = (got.double() - product).abs() - error
@@ -61,9 +63,19 @@ class Case:
 
 
 def quantized_case(
-    bits: int, *, n: int = 19, k: int = 256, group: int = -1, symmetric: bool = True, bias: torch.dtype | None = None
+    bits: int,
+    *,
+    n: int = 19,
+    k: int = 256,
+    group: int = -1,
+    symmetric: bool = True,
+    bias: torch.dtype | None = None,
+    offset: int | None = None,
 ) -> Case:
-    """Random integers over the whole grid, positive and negative zero points, scales over three decades."""
+    """Random integers over the whole grid, positive and negative zero points, scales over three decades.
+
+    `offset` is what a kernel adds to q while it sums: by default the 8 of stored 4-bit weights.
+    """
     generator = torch.Generator().manual_seed(n + k + group)
     groups = 1 if group == -1 else k // group
     half = 2 ** (bits - 1)
@@ -73,7 +85,7 @@ def quantized_case(
     wide = (scale.double().repeat_interleave(k // groups, 1), 0.0)
     if zero is not None:
         wide = (wide[0], zero.double().repeat_interleave(k // groups, 1))
-    offset = 8 if bits == 4 else 0
+    offset = (8 if bits == 4 else 0) if offset is None else offset
     exact = (q.double() - wide[1]) * wide[0]
     magnitude = ((q.double() + offset).abs() + abs(wide[1] + offset)) * wide[0]
     b = None if bias is None else torch.randn(n, generator=generator).to(bias)
