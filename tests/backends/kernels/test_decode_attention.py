@@ -7,11 +7,23 @@ import torch
 
 from optimizer.backends.kernels import decode_attention as module
 from optimizer.backends.kernels.build import cpu_kernels
-from optimizer.backends.kernels.decode_attention import attention_forward, decode_attention, decode_attention_ref
+from optimizer.backends.kernels.decode_attention import (
+    _decode_attention_cuda,
+    attention_forward,
+    decode_attention,
+    decode_attention_ref,
+    split_count,
+)
+from optimizer.errors import UsageError
+from tests.backends.kernels.attention_cases import assert_within, exact_attention
 
 SHAPES = [(1, 6, 2, 100, 64), (3, 4, 4, 7, 32), (2, 8, 1, 33, 128), (4, 2, 2, 1, 16)]
 # Accumulation is in float32 (S + D terms, a few 1e-7 relative); the result is rounded once to its own type.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+ALL = pytest.mark.parametrize(
+    "op", [decode_attention, decode_attention_ref, _decode_attention_cuda], ids=["op", "reference", "triton"]
+)
 
 
 def inputs(shape, dtype=torch.float32, seed=0):
@@ -32,7 +44,7 @@ def exact(q, k, v, mask, scale):
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("op", [decode_attention, decode_attention_ref], ids=["op", "reference"])
+@ALL
 def test_equals_float64_attention(op, shape, dtype):
     arguments = inputs(shape, dtype)
     wanted = exact(*arguments)
@@ -43,16 +55,17 @@ def test_the_kernel_is_compiled_here():
     assert cpu_kernels().loaded, cpu_kernels().reason
 
 
-def test_a_row_that_sees_nothing_is_zero():
+@ALL
+def test_a_row_that_sees_nothing_is_zero(op):
     q, k, v, mask, scale = inputs(SHAPES[1])
     mask[1] = False
-    out = decode_attention(q, k, v, mask, scale)
+    out = op(q, k, v, mask, scale)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
-    assert torch.equal(out[[0, 2]], decode_attention(q[[0, 2]], k[[0, 2]], v[[0, 2]], mask[[0, 2]], scale))
+    assert torch.equal(out[[0, 2]], op(q[[0, 2]], k[[0, 2]], v[[0, 2]], mask[[0, 2]], scale))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("op", [decode_attention, decode_attention_ref], ids=["op", "reference"])
+@ALL
 def test_hidden_positions_are_not_read(op, poison):
     q, k, v, mask, scale = inputs(SHAPES[0])
     wanted = op(q, k, v, mask, scale)
@@ -61,24 +74,37 @@ def test_hidden_positions_are_not_read(op, poison):
     assert torch.equal(out, wanted)
 
 
-def test_a_visible_nan_reaches_only_the_heads_that_see_it():
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which interprets the kernel, reports NaN
+@ALL
+def test_a_visible_nan_reaches_only_the_heads_that_see_it(op):
     q, k, v, mask, scale = inputs(SHAPES[0])
     k[0, 1, -1] = math.nan
-    out = decode_attention(q, k, v, mask, scale)
+    out = op(q, k, v, mask, scale)
     assert out[0, :3].isfinite().all()
     assert out[0, 3:].isnan().all()
 
 
-def test_large_scores_do_not_overflow():
+@ALL
+def test_large_scores_do_not_overflow(op):
     q, k, v, mask, scale = inputs(SHAPES[0])
     arguments = (q * 1e4, k * 1e4, v, mask, scale)
-    assert torch.allclose(decode_attention(*arguments).double(), exact(*arguments), atol=1e-5)
+    assert torch.allclose(op(*arguments).double(), exact(*arguments), atol=1e-5)
 
 
-def test_strided_inputs():
+@ALL
+def test_strided_inputs(op):
     q, k, v, mask, scale = inputs(SHAPES[0])
-    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
-    assert torch.equal(decode_attention(*strided, mask, scale), decode_attention(q, k, v, mask, scale))
+    wanted = op(q, k, v, mask, scale)
+    for a, b in [(1, 2), (2, 3)]:
+        strided = [t.transpose(a, b).contiguous().transpose(a, b) for t in (q, k, v)]
+        assert torch.equal(op(*strided, mask, scale), wanted)
+
+
+@ALL
+def test_one_mask_for_all_rows(op):
+    q, k, v, mask, scale = inputs(SHAPES[1])
+    shared = mask[:1].expand(3, -1, -1, -1)
+    assert torch.equal(op(q, k, v, shared, scale), op(q, k, v, shared.contiguous(), scale))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +124,53 @@ def test_wrong_inputs_raise(change):
     q, k, v, mask, scale = inputs(SHAPES[0])
     with pytest.raises(RuntimeError):
         decode_attention(*change(q, k, v, mask), scale)
+    with pytest.raises(UsageError, match="decode_attention"):
+        _decode_attention_cuda(*change(q, k, v, mask), scale)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 9])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_the_triton_kernel_in_any_number_of_splits(dtype, splits):
+    q, k, v, mask, scale = inputs((2, 6, 2, 200, 96), dtype)  # four tiles of 64
+    mask[1, ..., 64:] = False
+    out = _decode_attention_cuda(q, k, v, mask, scale, splits=splits)
+    assert_within(out[:, :, 0], *exact_attention(q[:, :, 0], k, v, mask[:, 0, 0], scale))
+    assert torch.equal(out, _decode_attention_cuda(q, k, v, mask, scale, splits=splits))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which interprets the kernel, reports the infinities
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_triton_kernel_where_every_visible_score_is_minus_infinity(splits):
+    q, k, v, mask, scale = inputs((2, 2, 1, 150, 64))
+    q.fill_(1.0)
+    mask[1, ..., :-1] = False
+    k[0, :, 3], k[1, :, -1] = -math.inf, -math.inf
+    out = _decode_attention_cuda(q, k, v, mask, scale, splits=splits)
+    assert torch.allclose(out[0], decode_attention_ref(q, k, v, mask, scale)[0], atol=1e-5)
+    assert out[1].isnan().all()
+
+
+def test_the_triton_kernel_with_nothing_to_see():
+    q, k, v, mask, scale = inputs(SHAPES[1])
+    assert torch.equal(_decode_attention_cuda(q, k[:, :, :0], v[:, :, :0], mask[..., :0], scale), torch.zeros_like(q))
+    assert _decode_attention_cuda(q[:0], k[:0], v[:0], mask[:0], scale).shape == (0, 4, 1, 32)
+
+
+def test_splits_fill_the_device_and_never_exceed_the_tiles():
+    cpu = torch.device("cpu")  # counted as four processors, two programs each
+    assert [split_count(programs, 100, cpu) for programs in (1, 2, 3, 8, 9, 1000)] == [8, 4, 2, 1, 1, 1]
+    assert [split_count(1, tiles, cpu) for tiles in (1, 3, 100)] == [1, 3, 8]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 32, 8, 5000, 128)], ids=str)
+def test_the_op_on_a_device(shape, dtype):
+    q, k, v, mask, scale = inputs(shape, dtype)
+    weights = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    wanted = exact_attention(q[:, :, 0], k, v, mask[:, 0, 0], scale, weights)
+    out = decode_attention(*(t.cuda() for t in (q, k, v, mask)), scale)
+    assert_within(out[:, :, 0].cpu(), *wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

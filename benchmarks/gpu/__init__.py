@@ -1,0 +1,1 @@
+"""Every GPU claim, measured: `python -m benchmarks.gpu`."""

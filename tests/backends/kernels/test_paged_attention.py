@@ -1,0 +1,301 @@
+"""Attention over a cache in blocks: reference and kernel against float64 over what the cache stands for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from optimizer.backends.kernels.paged_attention import _paged_attention_cuda, paged_attention, paged_attention_ref
+from optimizer.errors import UsageError
+from optimizer.quant.kv import quantize_kv
+from tests.backends.kernels.attention_cases import assert_within, exact_attention
+
+pytest.importorskip("triton")
+BOTH = pytest.mark.parametrize("op", [paged_attention_ref, _paged_attention_cuda], ids=["reference", "kernel"])
+# The interpreter computes with NumPy, which reports what a NaN or an infinity does.
+NOT_FINITE = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@dataclass
+class Case:
+    """The operands of the op, by name."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    block_table: Tensor
+    lengths: Tensor
+    scale: float
+    window: int = 0
+    sinks: int = 0
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return tuple(vars(self).values())
+
+    def seen(self) -> Tensor:
+        position = torch.arange(self.block_table.shape[1] * self.k_cache.shape[2], device=self.q.device)
+        length = self.lengths[:, None]
+        recent = position >= length - self.window if self.window else torch.ones_like(length, dtype=torch.bool)
+        return (position < length) & (recent | (position < self.sinks))
+
+    def gathered(self, cache: Tensor, scale: Tensor | None) -> Tensor:
+        """`[B, H_kv, S, D]` in float64, position by position."""
+        wide = cache.double() if scale is None else cache.double() * scale.double().unsqueeze(-1)
+        size = cache.shape[2]
+        return torch.stack(
+            [
+                torch.stack([wide[row[p // size], :, p % size] for p in range(len(row) * size)], 1)
+                for row in self.block_table.long()
+            ]
+        )
+
+    def check(self, got: Tensor, rounded_weights: float = 0.0) -> None:
+        k, v = self.gathered(self.k_cache, self.k_scale), self.gathered(self.v_cache, self.v_scale)
+        assert got.dtype == self.q.dtype
+        assert got.is_contiguous()
+        assert_within(got, *exact_attention(self.q, k, v, self.seen(), self.scale, rounded_weights))
+
+
+def case(
+    *,
+    heads: tuple[int, int] = (6, 2),
+    head: int = 24,
+    block_size: int = 20,
+    lengths: tuple[int, ...] = (150, 0, 33),
+    table: int = 8,
+    kind: str = "",
+    dtype: torch.dtype = torch.float32,
+    window: int = 0,
+    sinks: int = 0,
+    device: str = "cpu",
+) -> Case:
+    """Random operands: each sequence's blocks lie scattered in the cache."""
+    generator = torch.Generator().manual_seed(0)
+    batch = len(lengths)
+    blocks = batch * table + 1
+    q = torch.randn(batch, heads[0], head, generator=generator).to(dtype)
+    caches = [torch.randn(blocks, heads[1], block_size, head, generator=generator).to(dtype) for _ in range(2)]
+    scales: list[Tensor | None] = [None, None]
+    if kind:
+        rounded = [quantize_kv(c, kind) for c in caches]  # type: ignore[arg-type]
+        caches, scales = [r[0] for r in rounded], [r[1][..., 0].contiguous() for r in rounded]
+    order = torch.randperm(blocks, generator=generator)[: batch * table].view(batch, table).int()
+    tensors = (q, *caches, *scales, order, torch.tensor(lengths, dtype=torch.int32))
+    return Case(*(None if t is None else t.to(device) for t in tensors), head**-0.5, window, sinks)  # type: ignore[arg-type]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "small blocks": {},
+    "a tile is one block": {"head": 128, "block_size": 64, "table": 3, "lengths": (130, 64)},
+    "one block": {"table": 1, "block_size": 300, "lengths": (299, 300, 1), "head": 64},
+    "int8": {"kind": "int8"},
+    "fp8": {"kind": "fp8"},
+    "int8, one block": {"kind": "int8", "table": 1, "block_size": 200, "lengths": (200, 3)},
+    "window": {"window": 40, "table": 10, "lengths": (190, 40, 41)},
+    "window and sinks": {"window": 10, "sinks": 4, "block_size": 70, "head": 128, "table": 4, "lengths": (280, 12, 5)},
+    "sinks past the window": {"window": 30, "sinks": 130, "lengths": (160, 135, 20)},
+    "window longer than all": {"window": 1000, "sinks": 1000, "kind": "fp8"},
+    "one query head": {"heads": (2, 2), "head": 16},
+    "many query heads": {"heads": (17, 1), "head": 16},
+    "float16": {"dtype": torch.float16, "kind": "int8"},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@BOTH
+def test_equals_float64_attention(op: Any, name: str) -> None:
+    one = case(**CASES[name])
+    one.check(op(*one.args))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("name", ["int8", "window and sinks"])
+def test_any_number_of_splits_gives_the_same(name: str, splits: int) -> None:
+    one = case(**CASES[name])
+    got = _paged_attention_cuda(*one.args, splits=splits)
+    one.check(got)
+    assert torch.equal(got, _paged_attention_cuda(*one.args, splits=splits))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@BOTH
+def test_hidden_positions_are_not_read(op: Any, poison: float) -> None:
+    one = case(**CASES["window and sinks"])
+    wanted = op(*one.args)
+    size = one.k_cache.shape[2]
+    used = torch.zeros(one.k_cache.shape[0], size, dtype=torch.bool)
+    for row, seen in zip(one.block_table.long(), one.seen(), strict=True):
+        used[row] |= seen.view(-1, size)
+    for cache in (one.k_cache, one.v_cache):
+        cache.masked_fill_(~used[:, None, :, None], poison)
+    assert torch.equal(op(*one.args), wanted)
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["k_cache", "v_cache", "k_scale", "v_scale"])
+@BOTH
+def test_what_is_not_finite_spoils_the_heads_that_see_it(op: Any, which: str, value: float) -> None:
+    one = case(kind="int8" if which.endswith("scale") else "")
+    clean = op(*one.args)
+    block = int(one.block_table[0, 3])
+    getattr(one, which)[block, 1, 5] = value
+    if which.endswith("scale"):  # as `quantize_kv` writes it
+        getattr(one, which.replace("scale", "cache"))[block, 1, 5] = 0
+    got = op(*one.args)
+    assert torch.equal(got[1:], clean[1:])
+    assert torch.equal(got[0, :3], clean[0, :3])
+    assert not got[0, 3:].isfinite().any(-1).all()
+    if which != "v_cache" or math.isnan(value):
+        assert got[0, 3:].isnan().all()
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("splits", [1, 4])
+def test_scores_of_minus_infinity(splits: int) -> None:
+    one = case(lengths=(100, 1))
+    one.q.fill_(1.0)
+    first = int(one.block_table[0, 0])
+    one.k_cache[first, :, 7] = -math.inf  # one of many: its weight is 0
+    one.k_cache[int(one.block_table[1, 0]), :, 0] = -math.inf  # the only one
+    got, wanted = _paged_attention_cuda(*one.args, splits=splits), paged_attention_ref(*one.args)
+    assert torch.allclose(got[0], wanted[0], rtol=1e-5, atol=1e-6)
+    assert wanted[0].isfinite().all()
+    assert got[1].isnan().all()
+    assert wanted[1].isnan().all()
+
+
+@pytest.mark.parametrize("block", [-1, 10**6])
+@BOTH
+def test_a_block_outside_the_cache_is_not_read_and_makes_its_row_nan(op: Any, block: int) -> None:
+    one = case()
+    wanted = op(*one.args)
+    one.block_table[2, 2:] = block  # of its 33 positions none: blocks 0 and 1 hold 40
+    assert torch.equal(op(*one.args), wanted)
+    one.block_table[2, 1] = block
+    got = op(*one.args)
+    assert got[2].isnan().all()
+    assert torch.equal(got[:2], wanted[:2])
+
+
+@NOT_FINITE
+@BOTH
+def test_lengths_out_of_range(op: Any) -> None:
+    one = case(lengths=(-3, 161, 160))
+    got = op(*one.args)
+    assert torch.equal(got[0], torch.zeros_like(got[0]))
+    assert got[1].isnan().all()
+    assert got[2].isfinite().all()
+
+
+@BOTH
+def test_large_scores_do_not_overflow(op: Any) -> None:
+    one = case()
+    one.q *= 1e3
+    one.k_cache *= 1e3
+    got = op(*one.args)
+    k, v = one.gathered(one.k_cache, None), one.gathered(one.v_cache, None)
+    # The gap between the first two scores is far more than what rounding moves either: one weight is 1, the rest 0.
+    assert_within(got, *exact_attention(one.q, k, v, one.seen(), one.scale))
+
+
+@BOTH
+def test_strided_operands(op: Any) -> None:
+    one = case(kind="int8")
+    wanted = op(*one.args)
+    one.q = one.q.transpose(0, 1).contiguous().transpose(0, 1)
+    one.k_cache, one.v_cache = (c.transpose(1, 2).contiguous().transpose(1, 2) for c in (one.k_cache, one.v_cache))
+    assert one.k_scale is not None
+    one.k_scale = one.k_scale.transpose(0, 2).contiguous().transpose(0, 2)
+    one.block_table = one.block_table.t().contiguous().t()
+    assert torch.equal(op(*one.args), wanted)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    far = 2**31
+    one = case(heads=(1, 1), head=16, block_size=16, table=2, lengths=(32,), kind="int8")
+    memory = torch.empty(far + 256, dtype=torch.int8)  # pages that nothing touches take no memory
+    for name in ("k_cache", "v_cache"):
+        cache = memory.as_strided((2, 1, 16, 16), (far, 256, 16, 1))
+        cache.copy_(one.k_cache[:2])
+        setattr(one, name, cache)
+    assert one.k_scale is not None
+    one.k_scale = one.v_scale = one.k_scale[:2].contiguous()
+    one.block_table = torch.tensor([[1, 0]], dtype=torch.int32)
+    one.check(_paged_attention_cuda(*one.args))
+
+
+@BOTH
+def test_nothing_to_do(op: Any) -> None:
+    one = case()
+    none = Case(one.q[:0], one.k_cache, one.v_cache, None, None, one.block_table[:0], one.lengths[:0], 1.0)
+    assert op(*none.args).shape == (0, 6, 24)
+    one.block_table, one.lengths = one.block_table[:, :0], torch.tensor([0, 1, 0], dtype=torch.int32)
+    assert op(*one.args).isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(3, 6, 8)}, "q \\[B, H, D\\]"),
+        ({"q": torch.zeros(3, 5, 24)}, "multiple of H_kv"),
+        ({"q": torch.zeros(3, 6, 24, dtype=torch.float16)}, "type of q"),
+        ({"v_cache": torch.zeros(25, 2, 20, 24, dtype=torch.int8)}, "type of q"),
+        ({"k_scale": torch.zeros(25, 2, 20)}, "k_scale goes with an 8-bit cache"),
+        ({"block_table": torch.zeros(3, 8, dtype=torch.int64)}, "block_table must be int32"),
+        ({"lengths": torch.zeros(2, dtype=torch.int32)}, "lengths must be int32 \\[3\\]"),
+        ({"window": -1}, "window and sinks"),
+    ],
+)
+@BOTH
+def test_wrong_operands_raise(op: Any, change: dict[str, Any], message: str) -> None:
+    one = case()
+    for name, value in change.items():
+        setattr(one, name, value)
+    with pytest.raises(UsageError, match=message):
+        op(*one.args)
+
+
+def test_wrong_scales_raise() -> None:
+    one = case(kind="int8")
+    one.v_scale = None
+    with pytest.raises(UsageError, match="v_scale goes with"):
+        paged_attention(*one.args)
+    one = case(kind="int8")
+    assert one.k_scale is not None
+    one.k_scale = one.k_scale.half()
+    with pytest.raises(UsageError, match="k_scale must be float32"):
+        paged_attention(*one.args)
+
+
+@pytest.mark.parametrize("kind", ["", "int8", "fp8"])
+def test_opcheck(kind: str) -> None:
+    # PyTorch's check of the schema compares operands before and after, which it cannot for float8 on a CPU.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(paged_attention, case(kind=kind).args, test_utils=checks[kind == "fp8" :])
+
+
+def test_compiles_whole() -> None:
+    one = case(kind="int8")
+    compiled = torch.compile(lambda *args: paged_attention(*args) + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*one.args), paged_attention(*one.args) + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("block_size", [16, 4096])
+def test_on_a_device(block_size: int, dtype: torch.dtype, kind: str) -> None:
+    shape = {"table": 4096 // block_size, "block_size": block_size, "lengths": (4096, 1500, 1)}
+    one = case(heads=(32, 8), head=128, window=900, sinks=4, kind=kind, dtype=dtype, device="cuda", **shape)  # type: ignore[arg-type]
+    weights = 0.0 if dtype == torch.float32 else torch.finfo(torch.bfloat16 if kind else dtype).eps
+    one.check(paged_attention(*one.args), weights)
