@@ -7,33 +7,39 @@ through `stored_weight`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from optimizer.backends.kernels.bf16_linear import bf16_linear
 from optimizer.backends.kernels.build import cpu_kernels
-from optimizer.backends.kernels.decoded_linear import decoded_linear
-from optimizer.backends.kernels.w4a16_linear import BLOCK, pack_int4, unpack_int4, w4a16_linear
-from optimizer.backends.kernels.w8a16_linear import w8a16_linear, w8a16_linear_ref
+from optimizer.backends.kernels.dynamic_int8_linear import MOST_FEATURES
+from optimizer.backends.kernels.float_linear import has_nan, pack_float4, takes, unpack_float4
+from optimizer.backends.kernels.gpu import triton
+from optimizer.backends.kernels.w4a16_linear import BLOCK, pack_int4, unpack_int4
+from optimizer.backends.linear_plans import PLANS
 from optimizer.errors import UsageError
-from optimizer.quant.activations import check_activation, quantize_activation
+from optimizer.quant.activations import check_activation
+from optimizer.quant.formats import BLOCK as SCALE_BLOCK
 from optimizer.quant.formats import ActivationFormat, Scheme
 from optimizer.quant.packing import pack_nibbles, unpack_nibbles
 from optimizer.quant.weight import QuantizedWeight
 
 
 def kernel_name(op: str, device: torch.device, *, compiled: bool = True) -> str:
-    """`op` with what implements it on `device`: the compiled CPU kernel and its ISA, or the reference."""
+    """`op` with what implements it on `device`: the compiled CPU kernel and its ISA, Triton, or the reference."""
     if device.type == "cpu" and compiled and cpu_kernels().loaded:
         return f"{op}[{cpu_kernels().isa.lower()}]"
-    return f"{op}[reference]"
+    return f"{op}[{'triton' if device.type == 'cuda' and compiled and triton else 'reference'}]"
 
 
 class QuantizedLinear(nn.Module):
     """`y = x Ŵᵀ + b` with a quantized weight `[N, K]`, and `x` rounded to `activation` first where that is given.
 
-    Integer weights per row or group run on the compiled kernels, in float32 for a rounded `x`: 16 bits do not hold its
-    values. Every other weight is decoded and multiplied. `input_scale [1]` is the scale of a static `activation`.
+    `plan` says how it runs, `PLANS` what that is; it follows from formats, shapes and device, and `kernel` names it in
+    reports. `int8_group` is how many values of a token share a scale where a CPU multiplies integers (-1: all), and
+    None elsewhere. `input_scale [1]` is the scale of a static `activation`.
     Raises `UsageError` where weight, activation and scale do not go together.
     """
 
@@ -43,6 +49,9 @@ class QuantizedLinear(nn.Module):
     global_scale: Tensor | None
     bias: Tensor | None
     input_scale: Tensor | None
+    plain: bool
+    blocked: bool
+    floats: bool
 
     def __init__(
         self,
@@ -59,35 +68,70 @@ class QuantizedLinear(nn.Module):
         rows = self.format.granularity in ("channel", "group")
         self.plain = self.format.kind == "int" and rows  # the layout of the compiled kernels
         self.blocked = self.plain and self.in_features // weight.scale.shape[1] % BLOCK == 0
-        scale = weight.scale.float() if self.plain else weight.scale
-        self.register_buffer("data", _stored(weight, self.blocked))
+        by_row = None if self.format.kind == "int" else _row_scale(weight)
+        self.floats = by_row is not None  # the layout of the kernel for floats
+        scale = weight.scale.float() if self.plain else weight.scale if by_row is None else by_row
+        self.register_buffer("data", _stored(weight, self.blocked, self.floats))
         self.register_buffer("scale", scale.contiguous())
         self.register_buffer("zero", None if weight.zero is None else weight.zero.float().contiguous())
         self.register_buffer("global_scale", weight.global_scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("input_scale", None if input_scale is None else input_scale.detach().float().reshape(1))
-        packed = self.data.dtype == torch.uint8
-        self.op = w8a16_linear_ref if not self.blocked else w4a16_linear if packed else w8a16_linear
+        token = self.activation == ActivationFormat()
+        self.int8_group: int | None = -1 if token and not self._int8_obstacle() else None
+        self._choose()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Move the tensors, then choose again: another device has other kernels."""
+        super()._apply(fn, recurse)
+        if self.data.device.type != "cpu":
+            self.int8_group = None
+        self._choose()
+        return self
+
+    def _choose(self) -> None:
+        """Set `plan` and `kernel`."""
+        self.plan = next(name for name, (fits, _) in PLANS.items() if fits(self))
         self.kernel = self._kernel_name()
+
+    def serve_int8(self, group: int) -> str:
+        """Round the inputs of a weight-only layer to int8 in groups of `group` values of a token, from now on.
+
+        Returns why it cannot, or an empty string. It changes how the layer runs and not what is stored: `scheme` stays.
+        """
+        if self.activation is not None:
+            return f"its inputs are {self.activation.name} already"
+        if reason := self._int8_obstacle():
+            return reason
+        if self.in_features % group:
+            return f"groups of {group} do not divide {self.in_features} input features"
+        self.int8_group = group
+        self._choose()
+        return ""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., K]` to `[..., N]`, rounded once to the type of `x`."""
-        if self.activation is None:
-            return self._product(x)
-        return self._product(quantize_activation(x, self.activation, self.input_scale)).to(x.dtype)
+        return PLANS[self.plan][1](self, x)
 
-    def _product(self, x: Tensor) -> Tensor:
-        if self.plain:
-            return self.op(x, self.data, self.scale, self.zero, self.bias)
-        blocks = self.format.granularity == "block"
-        return decoded_linear(  # type: ignore[no-any-return]
-            x, self.data, self.scale, self.zero, self.global_scale, self.bias, blocks
-        )
+    def _int8_obstacle(self) -> str:
+        """Why there is no product of integers for this weight; empty where there is."""
+        if not self.blocked:
+            return f"{self.format.name} weights with {self.in_features} input features have no kernel for int8 inputs"
+        if self.data.device.type != "cpu":
+            return f"int8 inputs are for CPUs, and the weight is on {self.data.device.type}"
+        if self.in_features > MOST_FEATURES:
+            return f"{self.in_features} input features are more than {MOST_FEATURES}"
+        return "" if cpu_kernels().loaded else cpu_kernels().reason
 
     def _kernel_name(self) -> str:
-        """`w4a16_linear[avx2]`; rounded inputs run through a kernel for 16 bits, as `w8a8_linear[w8a16 avx2]`."""
-        kernel = kernel_name(_op_name(self.scheme), self.data.device, compiled=self.blocked)
-        if self.activation is None or kernel.endswith("[reference]"):
+        """`w4a16_linear[avx2]`, `w8a8_linear[int8 avx2]` for a product of integers.
+
+        Inputs that are rounded and then run through a kernel for 16 bits are `w8a8_linear[w8a16 avx2]`.
+        """
+        kernel = kernel_name(_op_name(self.scheme), self.data.device, compiled=self.plan != "decoded")
+        if self.plan == "integers":
+            return kernel.replace("[", "[int8 ")
+        if self.activation is None or self.plan in ("scaled", "outliers") or kernel.endswith("[reference]"):
             return kernel
         return kernel.replace("[", f"[w{self.format.bits}a16 ")
 
@@ -106,9 +150,16 @@ class QuantizedLinear(nn.Module):
         """The weight as the quantizer made it, exactly."""
         q = self.data
         if q.dtype == torch.uint8:
-            q = unpack_nibbles(q) if self.format.kind == "float" else unpack_int4(q)
+            ordered = unpack_int4 if self.format.kind == "int" else unpack_float4
+            q = unpack_nibbles(q) if self.format.kind == "float" and not self.floats else ordered(q)
         zero = None if self.zero is None else self.zero.to(torch.int8)
-        return QuantizedWeight(q, self.scale.to(self.scale_dtype), zero, self.format, self.global_scale)
+        return QuantizedWeight(q, self.weight_scale().to(self.scale_dtype), zero, self.format, self.global_scale)
+
+    def weight_scale(self) -> Tensor:
+        """The scales in the shape that the format gives them, where a kernel has them for each row."""
+        if self.floats and self.format.granularity in ("tensor", "block"):
+            return self.scale[:1] if self.format.granularity == "tensor" else self.scale[::SCALE_BLOCK]
+        return self.scale
 
     def extra_repr(self) -> str:
         """Shape, formats and kernel, as `print(model)` shows them."""
@@ -125,11 +176,26 @@ def _check_input(layer: QuantizedLinear, scale: Tensor | None) -> None:
         raise UsageError(f"the input scale is {scale.tolist()}, and must be a positive finite number.")
 
 
-def _stored(weight: QuantizedWeight, blocked: bool) -> Tensor:
+def _stored(weight: QuantizedWeight, blocked: bool, floats: bool) -> Tensor:
     """Elements as a layer holds them: 4 bits in half a byte, but for integers that no kernel takes."""
     if weight.format.bits == 8 or not (weight.format.kind == "float" or blocked):
         return weight.q.contiguous()
-    return pack_nibbles(weight.q) if weight.format.kind == "float" else pack_int4(weight.q)
+    if weight.format.kind == "int":
+        return pack_int4(weight.q)
+    return pack_float4(weight.q) if floats else pack_nibbles(weight.q)
+
+
+def _row_scale(weight: QuantizedWeight) -> Tensor | None:
+    """Scales of a floating-point weight as `float_linear` takes them, `[N, G]`; None where it does not."""
+    (n, k), scale, block = weight.q.shape, weight.scale, weight.format.granularity == "block"
+    groups = k // SCALE_BLOCK if block else scale.shape[1]
+    if (block and k % SCALE_BLOCK) or not groups or not takes(weight.format.bits, k, groups):
+        return None
+    if not weight.q.is_meta and has_nan(weight.q):
+        return None
+    if scale.element_size() == 1:
+        return scale
+    return scale.float().repeat_interleave(SCALE_BLOCK, 0)[:n] if block else scale.float().expand(n, -1)
 
 
 def _op_name(scheme: Scheme) -> str:

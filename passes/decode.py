@@ -1,7 +1,9 @@
 """Run decode from a static key-value cache with one compiled graph a batch size.
 
 Generation then launches one precompiled step a token instead of hundreds of small operators. Unquantized bfloat16
-layers on a processor without bfloat16 matrix instructions move to our own kernel at the same time.
+layers on a processor without bfloat16 matrix instructions move to our own kernel at the same time. With `int8_inputs`
+weight-only integer layers multiply integers: their inputs are rounded to int8 as they come, which changes a little what
+the model computes, and nothing that is stored.
 """
 
 from __future__ import annotations
@@ -15,20 +17,27 @@ from torch import nn
 from optimizer.backends.compiled import CompiledRunner
 from optimizer.backends.kernels.build import cpu_kernels
 from optimizer.backends.kernels.decode_attention import register
-from optimizer.backends.linear import DenseLinear
+from optimizer.backends.linear import DenseLinear, MergedSlice, QuantizedLinear, linear_layers
 from optimizer.backends.runner import BaseRunner
 from optimizer.errors import RecipeError
-from optimizer.passes.base import Context, PassReport, stopwatch
+from optimizer.passes.base import Context, PassReport, Skip, stopwatch
+
+INT8_GROUP = 32
+"""Values of a token that share a scale where `int8_inputs` rounds them: a block of the kernels, and the finest."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Serve through a `CompiledRunner` of `max_context` tokens (all the model's positions unless given)."""
+    """Serve through a `CompiledRunner` of `max_context` tokens (all the model's positions unless given).
+
+    `int8_inputs` rounds the inputs of weight-only integer layers to int8 in groups of 32 values of a token on a CPU.
+    """
 
     name: ClassVar[str] = "decode"
     stored: ClassVar[bool] = False
     max_context: int | None = None
     compile: bool = True
+    int8_inputs: bool = False
     required: bool = True
 
     def check(self, model: nn.Module, ctx: Context) -> None:
@@ -44,15 +53,33 @@ class Decode:
             dense = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and DenseLinear.suits(m)]
             for name, linear in dense:
                 model.set_submodule(name, DenseLinear(linear))
+            integer, skipped = _use_int8_inputs(model) if self.int8_inputs else ([], [])
             attention = _use_decode_attention(model)
             ctx.make_runner = partial(_runner, max_context=self.max_context, compile=self.compile)
         notes = [f"{len(dense)} dense layers run on bf16_linear"] if dense else []
-        notes.append(attention)
-        return PassReport(self.name, 1, 1, notes=tuple(notes), seconds=seconds())
+        notes += [*integer, attention]
+        return PassReport(self.name, 1, 1, tuple(skipped), notes=tuple(notes), seconds=seconds())
 
 
 def _runner(model: nn.Module, tokenizer: Any, *, max_context: int | None, compile: bool) -> BaseRunner:
     return CompiledRunner(model, tokenizer, max_context=max_context, compile=compile)
+
+
+def _use_int8_inputs(model: nn.Module) -> tuple[list[str], list[Skip]]:
+    """Have every weight-only integer layer multiply integers; a note of what was done, and the layers that cannot."""
+    layers = {name: m.group.linear if isinstance(m, MergedSlice) else m for name, m in linear_layers(model).items()}
+    chosen = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, QuantizedLinear) and layer.format.kind == "int" and layer.activation is None
+    }
+    skipped = [Skip(name, reason) for name, layer in chosen.items() if (reason := layer.serve_int8(INT8_GROUP))]
+    done = len(chosen) - len(skipped)
+    if done:
+        rule = f"round their inputs to int8 in groups of {INT8_GROUP} values of a token"
+        return [f"{done} weight-only integer layers {rule}; what is stored stays"], skipped
+    reason = skipped[0].reason if skipped else "no layer has integer weights and inputs in 16 bits"
+    return [f"int8_inputs did nothing: {reason}"], skipped
 
 
 def _use_decode_attention(model: Any) -> str:

@@ -72,6 +72,7 @@ class MergeLinears:
             "bias": [layer.bias is not None for layer in layers],
             "formats": [_format(layer) for layer in layers],
             "input scales": [_input_scale(layer) for layer in layers],
+            "groups of int8 inputs": [getattr(layer, "int8_group", None) for layer in layers],
         }
         differing = [f"{what} differ: {values}" for what, values in aspects.items() if len(set(values)) > 1]
         if differing or not isinstance(layers[0], QuantizedLinear):
@@ -99,7 +100,10 @@ def _stack(layers: list[nn.Linear | QuantizedLinear]) -> nn.Module:
     first = layers[0]
     if isinstance(first, QuantizedLinear):
         stacked = concatenate([layer.stored_weight() for layer in layers])  # type: ignore[operator]
-        return QuantizedLinear(stacked, bias, first.activation, first.input_scale)
+        merged = QuantizedLinear(stacked, bias, first.activation, first.input_scale)
+        if first.int8_group is not None and first.activation is None:  # `decode` had chosen int8 inputs
+            merged.serve_int8(first.int8_group)
+        return merged
     weight = torch.cat([layer.weight for layer in layers])  # type: ignore[misc]
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.backends.kernels.gpu import Shipped, jit, tl, triton
+from optimizer.backends.kernels.gpu import Shipped, bound, jit, tl, triton
 from optimizer.backends.kernels.library import define
-from optimizer.backends.kernels.rounding import FLOATS, INTERPRETED, rounded
+from optimizer.backends.kernels.rounding import FLOATS, rounded
 from optimizer.errors import UsageError
 
 LOG2_E = 1.4426950408889634
@@ -46,14 +46,6 @@ def decode_attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: f
     weights = torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0.0)
     # A position that is hidden must not count even where it holds NaN, which 0 · NaN would let through.
     return (weights @ torch.where(mask.mT, values, 0.0)).to(q.dtype)
-
-
-@jit
-def bound(n):  # type: ignore[no-untyped-def]
-    """A loop bound. Triton's interpreter holds scalars as arrays [1], which NumPy 2.4 no longer takes for an index."""
-    if INTERPRETED:
-        return n.handle.data.item()
-    return n
 
 
 @jit

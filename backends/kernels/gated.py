@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimizer.backends.kernels.gpu import Shipped, jit, tl, triton
+from optimizer.backends.kernels.gpu import Shipped, bound, jit, tl, triton
 from optimizer.backends.kernels.library import define
 from optimizer.backends.kernels.rounding import (
     Rows,
     as_bytes,
     as_rows,
-    bound,
     check_format,
     check_rows,
     elements,

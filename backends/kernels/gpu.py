@@ -32,7 +32,18 @@ except ImportError:
 
     jit = _Absent
 
-__all__ = ["Shipped", "jit", "tl", "triton"]
+__all__ = ["INTERPRETED", "Shipped", "bound", "jit", "tl", "triton"]
+
+INTERPRETED = triton is not None and tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether kernels are interpreted, for what the interpreter does otherwise: a constant inside kernels."""
+
+
+@jit
+def bound(n):  # type: ignore[no-untyped-def]
+    """The end of a loop. Triton's interpreter holds scalars as arrays [1], which NumPy 2.4 takes for no index."""
+    if INTERPRETED:
+        return n.handle.data.item()
+    return n
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimizer.backends.kernels.gpu import Shipped, jit, tl, triton
+from optimizer.backends.kernels.gpu import Shipped, bound, jit, tl, triton
 from optimizer.backends.kernels.library import define
 from optimizer.backends.kernels.rounding import (
     as_bytes,
     as_rows,
-    bound,
     check_format,
     check_rows,
     elements,

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from optimizer.backends.kernels import int8_linear, quantize_rows
-from optimizer.backends.kernels.gpu import Shipped, jit, tl
+from optimizer.backends.kernels.gpu import INTERPRETED, Shipped, bound, jit, tl
 from optimizer.backends.kernels.library import define
 from optimizer.backends.kernels.linear import float32_linear
-from optimizer.backends.kernels.rounding import INTERPRETED, as_rows, bound, check_rows
+from optimizer.backends.kernels.rounding import as_rows, check_rows
 from optimizer.backends.kernels.scaled_matmul import FEW_ROWS
 from optimizer.backends.kernels.scaled_operands import operands
 from optimizer.quant.activations import quantize_activation

@@ -30,7 +30,6 @@ from optimizer.backends.kernels.decode_attention import (
     LOG2_E,
     STAGES,
     WARPS,
-    bound,
     combine,
     decode_attention_ref,
     finish,
@@ -42,7 +41,7 @@ from optimizer.backends.kernels.decode_attention import (
     tile_constants,
     weigh,
 )
-from optimizer.backends.kernels.gpu import Shipped, jit, tl
+from optimizer.backends.kernels.gpu import Shipped, bound, jit, tl
 from optimizer.backends.kernels.library import define
 from optimizer.backends.kernels.rounding import FLOATS
 from optimizer.errors import DeviceError, UsageError

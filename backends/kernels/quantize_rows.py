@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.backends.kernels.gpu import Shipped, jit, tl
+from optimizer.backends.kernels.gpu import Shipped, bound, jit, tl
 from optimizer.backends.kernels.library import define
 from optimizer.backends.kernels.rounding import (
     SIZES,
     Rows,
     as_bytes,
     as_rows,
-    bound,
     check_format,
     check_rows,
     elements,

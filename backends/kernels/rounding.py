@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimizer.backends.kernels.gpu import jit, tl, triton
+from optimizer.backends.kernels.gpu import INTERPRETED, jit, tl
 from optimizer.errors import UsageError
 from optimizer.quant.activations import activation_elements
 from optimizer.quant.formats import ACTIVATIONS, ActivationFormat
@@ -118,17 +118,6 @@ def rounding_of(x: Tensor, dtype: torch.dtype | None) -> str:
 def as_bytes(q: Tensor) -> Tensor:
     """e4m3 as the bytes that the kernels write."""
     return q.view(torch.uint8) if q.dtype == torch.float8_e4m3fn else q
-
-
-INTERPRETED = triton is not None and tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@jit
-def bound(n):  # type: ignore[no-untyped-def]
-    """The end of a loop. Triton's interpreter holds scalars as arrays [1], which NumPy 2.4 takes for no index."""
-    if INTERPRETED:
-        return n.handle.data.item()
-    return n
 
 
 @jit

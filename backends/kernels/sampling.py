@@ -28,9 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimizer.backends.kernels.gpu import Shipped, jit, tl
+from optimizer.backends.kernels.gpu import Shipped, bound, jit, tl
 from optimizer.backends.kernels.library import define
-from optimizer.backends.kernels.rounding import bound
 from optimizer.errors import UsageError
 
 BLOCK = 4096

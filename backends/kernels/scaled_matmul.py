@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.backends.kernels.gpu import Shipped, jit, tl
-from optimizer.backends.kernels.rounding import bound, rounded
+from optimizer.backends.kernels.gpu import Shipped, bound, jit, tl
+from optimizer.backends.kernels.rounding import rounded
 from optimizer.backends.kernels.scaled_operands import Operands
 from optimizer.quant.formats import BLOCK
 

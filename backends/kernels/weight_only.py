@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optimizer.backends.kernels.gpu import Shipped, jit, tl, triton
-from optimizer.backends.kernels.rounding import INTERPRETED, bound, rounded
+from optimizer.backends.kernels.gpu import INTERPRETED, Shipped, bound, jit, tl, triton
+from optimizer.backends.kernels.rounding import rounded
 from optimizer.backends.kernels.weight_only_tiles import (
     DEFAULT_SMS,
     NIBBLES,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from optimizer.backends.kernels.build import CpuKernels, cpu_kernels
 from optimizer.backends.linear import (
     DenseLinear,
     MergedLinear,
@@ -162,9 +163,9 @@ def test_4_bit_floats_take_half_a_byte_and_scales_one() -> None:
     counts = {
         NVFP4: 6 * 64 + 6 * 8 + 4,  # a scale of one byte for 16 weights, one float32 for the tensor
         MXFP4: 6 * 64 + 6 * 4,
-        FP8_CHANNEL: 6 * 128 + 6 * 2,  # scales in the type of the weight
-        FP8_TENSOR: 6 * 128 + 2,
-        FP8_BLOCK: 6 * 128 + 2,
+        FP8_CHANNEL: 6 * 128 + 6 * 4,  # kernels take a float32 a row, whatever is stored
+        FP8_TENSOR: 6 * 128 + 6 * 4,
+        FP8_BLOCK: 6 * 128 + 6 * 4,
     }
     for format, expected in counts.items():
         layer = QuantizedLinear(quantize_rtn(weight.bfloat16(), format))
@@ -173,21 +174,22 @@ def test_4_bit_floats_take_half_a_byte_and_scales_one() -> None:
 
 def test_the_kernel_of_every_scheme_is_named_after_what_runs() -> None:
     w8, w4 = (kernel_name(f"w{bits}a16", torch.device("cpu")) for bits in (8, 4))
-    through = {8: w8.replace("w8a16[", "[w8a16 "), 4: w4.replace("w4a16[", "[w4a16 ")}
+    through, plain = w8.replace("w8a16[", "[w8a16 "), w8.removeprefix("w8a16")
+    integers = w4.replace("w4a16[", "[int8 ") if cpu_kernels().loaded else "[reference]"
     expected = {
-        "w8a8": "w8a8_linear" + through[8],
-        "w8a8-static": "w8a8_linear" + through[8],
+        "w8a8": "w8a8_linear" + integers,
+        "w8a8-static": "w8a8_linear" + through,
         "w8a8-tensor": "w8a8_linear[reference]",
         "w8a8-block": "w8a8_linear[reference]",
-        "w4a8": "w4a8_linear" + through[4],
-        "llm-int8": "w8a8_linear" + through[8],
-        "fp8": "fp8_linear[reference]",
-        "fp8-static": "fp8_linear[reference]",
-        "fp8-block": "fp8_linear[reference]",
-        "fp8-weight": "fp8_w8a16_linear[reference]",
-        "nvfp4": "nvfp4_linear[reference]",
-        "nvfp4-weight": "nvfp4_w4a16_linear[reference]",
-        "mxfp4": "mxfp4_w4a16_linear[reference]",
+        "w4a8": "w4a8_linear" + integers,
+        "llm-int8": "w8a8_linear" + through,
+        "fp8": "fp8_linear" + through,
+        "fp8-static": "fp8_linear" + through,
+        "fp8-block": "fp8_linear" + through,
+        "fp8-weight": "fp8_w8a16_linear" + plain,
+        "nvfp4": "nvfp4_linear" + through.replace("w8", "w4"),
+        "nvfp4-weight": "nvfp4_w4a16_linear" + plain,
+        "mxfp4": "mxfp4_w4a16_linear" + plain,
     }
     assert {name: scheme_layer(scheme).kernel for name, scheme in SCHEMES.items()} == expected
     odd = QuantizedLinear(quantize_rtn(random(4, 33), Format()), activation=ACTIVATIONS["int8"])
@@ -369,6 +371,73 @@ def test_the_kernel_is_named_after_what_runs() -> None:
     assert layer_kernel(nn.Linear(2, 2)) == "aten::linear"
     assert kernel_name("op", torch.device("meta")) == "op[reference]"
     assert "int4-channel" in repr(blocked)
+
+
+needs_kernels = pytest.mark.skipif(not cpu_kernels().loaded, reason="without compiled kernels inputs stay in 16 bits")
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "format", [Format(4, group_size=128), Format(4, False, 32), Format(), Format(8, False, 64)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_int8_inputs_compute_what_the_rounded_input_stands_for(format: Format, dtype: torch.dtype, rows: int) -> None:
+    layer = scheme_layer(Scheme(format), n=19, bias=random(19, seed=2).to(dtype))
+    x = random(rows, 128, seed=3).to(dtype)
+    x[0, 5] = 9.0
+    before = layer(x)
+    assert layer.serve_int8(32) == ""
+    seen = quantize_activation(x, ActivationFormat(granularity="group", group_size=32))
+    product, error = exact_product(layer, seen)
+    got, unit = layer(x), torch.finfo(dtype).eps / 2
+    assert got.dtype == dtype
+    assert bool(((got.double() - product).abs() <= error + unit * (product.abs() + error) + 2.0**-24).all())
+    assert not torch.equal(got, before)
+
+
+@needs_kernels
+def test_int8_inputs_change_how_a_layer_runs_and_not_what_it_is() -> None:
+    layer = scheme_layer(Scheme(Format(4, group_size=128)), n=19)
+    weight, size, name = layer.stored_weight(), layer.weight_bytes, layer.kernel
+    assert layer.serve_int8(32) == layer.serve_int8(32) == ""
+    assert layer.kernel == name.replace("[", "[int8 ")
+    assert layer.scheme == Scheme(Format(4, group_size=128))
+    assert layer.weight_bytes == size
+    assert_same(layer.stored_weight(), weight)
+    copied = copy.deepcopy(layer)
+    x = random(2, 128)
+    assert torch.equal(copied(x), layer(x))
+    assert "int8" in repr(copied)
+    group = MergedLinear(layer, [12, 7])
+    first, second = MergedSlice(group, 0), MergedSlice(group, 1)
+    assert torch.equal(torch.cat([first(x), second(x)], -1), layer(x))
+    assert first.kernel == layer.kernel
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+def test_layers_that_cannot_take_int8_inputs_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = QuantizedLinear(quantize_rtn(random(4, 33), Format(4)))
+    floats = QuantizedLinear(quantize_rtn(random(4, 128), MXFP4))
+    parts = torch.empty(4, 128, dtype=torch.int8, device="meta"), torch.empty(4, 1, device="meta")
+    meta = QuantizedLinear(QuantizedWeight(*parts, None, Format()))
+    rounded = scheme_layer(SCHEMES["w8a8"])
+    plain = QuantizedLinear(quantize_rtn(random(4, 96), Format()))
+    reasons = {odd: "33 input features", floats: "mxfp4", meta: "on meta", rounded: "int8-token already"}
+    for layer, reason in reasons.items():
+        kernel = layer.kernel
+        assert reason in layer.serve_int8(32)
+        assert layer.kernel == kernel
+    if cpu_kernels().loaded:
+        assert "groups of 64 do not divide 96" in plain.serve_int8(64)
+    monkeypatch.setattr("optimizer.backends.linear.cpu_kernels", lambda: CpuKernels(False, "AVX2", "no C++ compiler"))
+    assert plain.serve_int8(32) == "no C++ compiler"
+    assert plain.int8_group is None
+    without = scheme_layer(SCHEMES["w8a8"])
+    assert without.kernel == "w8a8_linear[reference]"
+    x = random(3, 128)
+    torch.testing.assert_close(without(x), rounded(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_trainable_bias_brings_no_graph_into_the_module() -> None:

@@ -1,16 +1,23 @@
-"""The decode pass chooses the runner, its context, and nothing that changes what the model computes."""
+"""The decode pass chooses the runner, its context, and changes what the model computes only where asked to."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from optimizer.backends.compiled import CompiledRunner
-from optimizer.backends.linear import DenseLinear
+from optimizer.backends.kernels.build import CpuKernels, cpu_kernels
+from optimizer.backends.kernels.dynamic_int8_linear import input_format
+from optimizer.backends.linear import DenseLinear, QuantizedLinear, layer_kernel, linear_layers, stored_scheme
 from optimizer.backends.runner import EagerRunner
 from optimizer.errors import RecipeError
-from optimizer.passes.base import Context
+from optimizer.passes.base import Context, PassReport
 from optimizer.passes.decode import Decode
+from optimizer.passes.merge_linears import MergeLinears
+from optimizer.passes.quantize import Quantize
+from optimizer.quant.activations import quantize_activation
 from tests.backends.decoder_models import llama, prompts
 
 
@@ -51,3 +58,66 @@ def test_dense_bfloat16_layers_move_to_our_kernel_only_where_it_suits() -> None:
     exact = llama()
     Decode(compile=False).run(exact, Context())
     assert not any(isinstance(module, DenseLinear) for module in exact.modules())
+
+
+def quantized(*passes: Any) -> Any:
+    """A small model after these passes."""
+    model, ctx = llama(), Context()
+    for step in passes:
+        step.check(model, ctx)
+        step.run(model, ctx)
+    return model
+
+
+def served(report: PassReport) -> list[str]:
+    return [note for note in report.notes if "int8" in note]
+
+
+@pytest.mark.skipif(not cpu_kernels().loaded, reason="int8 inputs need compiled kernels")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int8_inputs_serve_every_weight_only_integer_layer(bits: int) -> None:
+    model = quantized(Quantize(bits=bits, group_size=32), MergeLinears())
+    layers = {name: layer for name, layer in linear_layers(model).items() if name != "lm_head"}
+    before = {name: (layer_kernel(layer), stored_scheme(layer)) for name, layer in layers.items()}
+    tokens, _ = prompts(2, 12)
+    ctx = Context()
+    exact = EagerRunner(model).prefill(tokens).clone()
+    report = Decode(compile=False, int8_inputs=True).run(model, ctx)
+    assert served(report) == [
+        f"{len(layers)} weight-only integer layers round their inputs to int8 in groups of 32 values of a token; "
+        "what is stored stays"
+    ]
+    assert not report.skipped
+    for name, layer in layers.items():
+        kernel, scheme = before[name]
+        assert layer_kernel(layer) == kernel.replace("[", "[int8 ")
+        assert stored_scheme(layer) == scheme
+    seen: list[tuple[QuantizedLinear, torch.Tensor, torch.Tensor]] = []
+    products = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    for product in products:
+        product.register_forward_hook(lambda module, inputs, output: seen.append((module, inputs[0], output)))
+    got = ctx.make_runner(model, None).prefill(tokens)
+    assert not torch.equal(got, exact)
+    assert len(seen) == len(products)
+    for product, x, y in seen:
+        expected = quantize_activation(x, input_format(32)) @ product.stored_weight().dequantize().t()
+        # Both are float32 sums of K ≤ 256 terms; rounding the inputs changes 0.5 % of them and more.
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5 * float(expected.abs().max()))
+
+
+def test_without_the_option_nothing_is_rounded() -> None:
+    model = quantized(Quantize(bits=4, group_size=32))
+    report = Decode(compile=False).run(model, Context())
+    assert not served(report)
+    assert all("int8" not in layer_kernel(layer) for layer in linear_layers(model).values())
+
+
+def test_int8_inputs_that_serve_no_layer_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Decode(compile=False, int8_inputs=True).run(llama(), Context())
+    assert served(report) == ["int8_inputs did nothing: no layer has integer weights and inputs in 16 bits"]
+    model = quantized(Quantize(bits=4, group_size=32))
+    monkeypatch.setattr("optimizer.backends.linear.cpu_kernels", lambda: CpuKernels(False, "AVX2", "no C++ compiler"))
+    report = Decode(compile=False, int8_inputs=True).run(model, Context())
+    assert served(report) == ["int8_inputs did nothing: no C++ compiler"]
+    assert {skip.name for skip in report.skipped} == set(linear_layers(model)) - {"lm_head"}
+    assert {skip.reason for skip in report.skipped} == {"no C++ compiler"}

@@ -231,3 +231,17 @@ def test_the_weights_given_are_not_written_to() -> None:
     kept = {name: (t, t.detach().clone()) for name, t in model.named_parameters()}
     merge(model)
     assert all(torch.equal(t, copy) for t, copy in kept.values())
+
+
+def test_layers_that_serve_int8_inputs_do_so_merged() -> None:
+    model = quantize(llama(), Scheme(Format(8)))
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    if layers[0].serve_int8(32):
+        pytest.skip("no compiled kernels")
+    apart = quantize(llama(), Scheme(Format(8)))
+    for layer in [*layers, *(m for m in apart.modules() if isinstance(m, QuantizedLinear))]:
+        layer.serve_int8(32)
+    merge(model)
+    merged = {layer.group.linear.kernel for layer in linear_layers(model).values() if isinstance(layer, MergedSlice)}
+    assert merged == {layers[0].kernel}
+    assert torch.equal(model(TOKENS).logits, apart(TOKENS).logits)

@@ -12,11 +12,12 @@
 
 namespace {
 
-// A weight type: what it is stored in, bytes of 32 weights, and their decoding to V float vectors.
+// A weight type: what it is stored in, bytes of 32 weights, the scales these may have at most, what is taken off a
+// decoded weight, what a unit of it stands for, and the decoding of 32 weights to V float vectors.
 struct Int4 {
   static constexpr at::ScalarType type = at::kByte;
-  static constexpr int bytes = 16;
-  static constexpr float offset = 8;
+  static constexpr int bytes = 16, scales = 1;
+  static constexpr float offset = 8, unit = 1;
   static inline void block(const uint8_t* p, vf* out) {
     v16 b = load<v16>(p);
     v16 parts[2] = {b & 15, b >> 4};
@@ -35,16 +36,16 @@ struct Int4 {
 };
 struct Int8 {
   static constexpr at::ScalarType type = at::kChar;
-  static constexpr int bytes = 32;
-  static constexpr float offset = 0;
+  static constexpr int bytes = 32, scales = 1;
+  static constexpr float offset = 0, unit = 1;
   static inline void block(const uint8_t* p, vf* out) {
     for (int i = 0; i < V; ++i) out[i] = widen_signed(p + i * W);
   }
 };
 struct BFloat16 {
   static constexpr at::ScalarType type = at::kBFloat16;
-  static constexpr int bytes = 64;
-  static constexpr float offset = 0;
+  static constexpr int bytes = 64, scales = 1;
+  static constexpr float offset = 0, unit = 1;
   static inline void block(const uint8_t* p, vf* out) {
     for (int i = 0; i < V; ++i) out[i] = widen_bfloat16(p + i * W * 2);
   }
@@ -56,17 +57,22 @@ struct Weight {
   const float* zero;    // [N, G] or null: all zeros, in units of q
   const float* bias;    // [N] or null
   int64_t n, k, groups;
+  const uint8_t* codes = nullptr;  // [N, G]: scales of one byte, looked up in `table` and multiplied by `factor`
+  const float* table = nullptr;
+  float factor = 1;
+  float scale_at(int64_t i) const { return codes ? table[codes[i]] * factor : scale ? scale[i] : 1.f; }
 };
 
 // out[m, n] = sum_g scale[n, g] * (sum_k q x - (offset + zero[n, g]) * sum_k x)
 template <typename D, int M>
 void rows(const Weight& w, const float* x, const float* xsum, float* out, int64_t begin, int64_t end) {
-  const int64_t blocks = w.k / BLOCK / w.groups;
+  const int64_t spans = w.groups / D::scales, blocks = w.k / BLOCK / spans;
+  constexpr int P = V / D::scales;  // vectors of a block that share a scale
   for (int64_t n = begin; n < end; ++n) {
     const uint8_t* p = w.data + n * (w.k / BLOCK) * D::bytes;
     vf total[M] = {};
     float rest[M] = {};
-    for (int64_t g = 0; g < w.groups; ++g) {
+    for (int64_t g = 0; g < spans; ++g) {
       vf acc[M][V] = {};
       const float* xg = x + g * blocks * BLOCK;
       for (int64_t b = 0; b < blocks; ++b, p += D::bytes) {
@@ -75,12 +81,16 @@ void rows(const Weight& w, const float* x, const float* xsum, float* out, int64_
         for (int m = 0; m < M; ++m)
           for (int i = 0; i < V; ++i) acc[m][i] += q[i] * load<vf>(xg + m * w.k + b * BLOCK + i * W);
       }
-      const float s = w.scale ? w.scale[n * w.groups + g] : 1.f;
-      const float z = D::offset + (w.zero ? w.zero[n * w.groups + g] : 0.f);
-      for (int m = 0; m < M; ++m) {
-        for (int i = 1; i < V; ++i) acc[m][0] += acc[m][i];
-        total[m] += acc[m][0] * s;
-        rest[m] += s * z * xsum[m * w.groups + g];
+      for (int part = 0; part < D::scales; ++part) {
+        const int64_t i = g * D::scales + part;
+        const float s = w.scale_at(n * w.groups + i);
+        const float z = D::offset + (w.zero ? w.zero[n * w.groups + i] : 0.f);
+        for (int m = 0; m < M; ++m) {
+          vf* const sums = acc[m] + part * P;
+          for (int j = 1; j < P; ++j) sums[0] += sums[j];
+          total[m] += sums[0] * D::unit * s;
+          rest[m] += s * z * xsum[m * w.groups + i];
+        }
       }
     }
     for (int m = 0; m < M; ++m) out[m * w.n + n] = sum(total[m]) - rest[m] + (w.bias ? w.bias[n] : 0.f);
@@ -109,20 +119,24 @@ void gemv(const Weight& w, const float* x, int64_t m, float* out) {
 // Decode rows [first, first + count) to [count, K], each weight rounded once to T.
 template <typename D, typename T>
 void decode(const Weight& w, int64_t first, int64_t count, T* out) {
-  const int64_t blocks = w.k / BLOCK / w.groups;
+  const int64_t spans = w.groups / D::scales, blocks = w.k / BLOCK / spans;
   at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t n = first + r;
       const uint8_t* p = w.data + n * (w.k / BLOCK) * D::bytes;
       T* o = out + r * w.k;
-      for (int64_t g = 0; g < w.groups; ++g) {
-        const float s = w.scale ? w.scale[n * w.groups + g] : 1.f;
-        const float z = D::offset + (w.zero ? w.zero[n * w.groups + g] : 0.f);
+      for (int64_t g = 0; g < spans; ++g) {
+        float s[D::scales], z[D::scales];
+        for (int part = 0; part < D::scales; ++part) {
+          const int64_t i = n * w.groups + g * D::scales + part;
+          s[part] = w.scale_at(i);
+          z[part] = D::offset + (w.zero ? w.zero[i] : 0.f);
+        }
         for (int64_t b = 0; b < blocks; ++b, p += D::bytes, o += BLOCK) {
           vf q[V];
           D::block(p, q);
           for (int i = 0; i < V; ++i) {
-            const vf v = (q[i] - z) * s;
+            const vf v = (q[i] - z[i * D::scales / V]) * D::unit * s[i * D::scales / V];
             if constexpr (std::is_same_v<T, float>) {
               std::memcpy(o + i * W, &v, sizeof(vf));
             } else {
@@ -143,27 +157,38 @@ constexpr bool NATIVE_BFLOAT16 = false;
 constexpr int64_t GEMM_ROWS = 16;             // from here decoding once and calling sgemm is faster
 constexpr int64_t GEMM_ELEMENTS = 8 << 20;    // weights decoded at a time: 32 MB
 
+// A weight of type D as it meets `x`, after every check: a wrong operand raises.
 template <typename D>
-at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor* scale, const at::Tensor* zero,
-                  const std::optional<at::Tensor>& bias) {
+Weight checked(const at::Tensor& x, const at::Tensor& data, const at::Tensor* scale, const at::Tensor* zero,
+               const std::optional<at::Tensor>& bias, const float* wide_bias, bool coded = false) {
   TORCH_CHECK(x.dim() >= 1 && data.dim() == 2 && data.is_contiguous(), "weights must be a contiguous matrix");
   TORCH_CHECK(data.scalar_type() == D::type, "weights must be ", D::type, ", got ", data.scalar_type());
-  const int64_t k = x.size(-1), n = data.size(0), m = k ? x.numel() / k : 0;
-  const int64_t groups = scale ? scale->size(1) : 1;
+  const int64_t k = x.size(-1), n = data.size(0), groups = scale ? scale->size(1) : 1;
   TORCH_CHECK(data.size(1) * data.element_size() * BLOCK == k * D::bytes, "x has ", k, " features, the weight has ",
               data.size(1) * data.element_size() * BLOCK / D::bytes);
-  TORCH_CHECK(k > 0 && groups > 0 && k % (BLOCK * groups) == 0, k, " features in ", groups,
-              " groups: every group must be a multiple of ", BLOCK);
+  TORCH_CHECK(k > 0 && groups > 0 && k % BLOCK == 0 && k * D::scales % (BLOCK * groups) == 0, k, " features in ", groups,
+              " groups: every group must be a multiple of ", BLOCK / D::scales);
   for (const at::Tensor* t : {scale, zero})
-    TORCH_CHECK(!t || (t->scalar_type() == at::kFloat && t->is_contiguous() && t->dim() == 2 && t->size(0) == n &&
-                       t->size(1) == groups), "scale and zero must be contiguous float32 [N, G]");
+    TORCH_CHECK(!t || ((t->scalar_type() == at::kFloat || (coded && t == scale)) && t->is_contiguous() && t->dim() == 2 &&
+                       t->size(0) == n && t->size(1) == groups), "scale and zero must be contiguous float32 [N, G]");
   TORCH_CHECK(!bias || bias->numel() == n, "bias must have one value for each of the ", n, " rows");
-  auto shape = x.sizes().vec();
-  shape.back() = n;
+  const void* scales = scale ? scale->const_data_ptr() : nullptr;
+  return {static_cast<const uint8_t*>(data.const_data_ptr()), coded ? nullptr : static_cast<const float*>(scales),
+          zero ? zero->const_data_ptr<float>() : nullptr, wide_bias, n, k, groups,
+          coded ? static_cast<const uint8_t*>(scales) : nullptr};
+}
+
+// `table` and `factor` decode scales of one byte.
+template <typename D>
+at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor* scale, const at::Tensor* zero,
+                  const std::optional<at::Tensor>& bias, const float* table = nullptr, float factor = 1) {
   const at::Tensor xc = x.contiguous(), bc = bias ? bias->contiguous() : at::Tensor();  // outlive their Floats
   const Floats xf(xc), bf(bc);
-  const Weight w{static_cast<const uint8_t*>(data.const_data_ptr()), scale ? scale->const_data_ptr<float>() : nullptr,
-                 zero ? zero->const_data_ptr<float>() : nullptr, bf.data, n, k, groups};
+  Weight w = checked<D>(x, data, scale, zero, bias, bf.data, table != nullptr);
+  w.table = table, w.factor = factor;
+  const int64_t k = w.k, n = w.n, m = x.numel() / k;
+  auto shape = x.sizes().vec();
+  shape.back() = n;
   at::Tensor out = at::empty(shape, x.options());
   if (m < GEMM_ROWS) {
     if (x.scalar_type() == at::kFloat) {

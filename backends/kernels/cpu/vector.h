@@ -23,6 +23,7 @@ constexpr int W = 8;
 constexpr int BLOCK = 32;
 constexpr int V = BLOCK / W;       // vectors in a block
 typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vw __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint8_t vb __attribute__((vector_size(W)));
 typedef int8_t vs __attribute__((vector_size(W)));
@@ -57,10 +58,14 @@ inline vf widen_bfloat16(const uint8_t* p) {
 #endif
 }
 
-inline float sum(vf v) {
-  float s = 0;
-  for (int i = 0; i < W; ++i) s += v[i];
-  return s;
+// The sum of a vector of floats, by halves: a chain of additions would take longer than a short row of weights.
+template <typename T>
+inline float sum(const T& v) {
+  typedef float v4 __attribute__((vector_size(16)));
+  v4 parts[sizeof(T) / sizeof(v4)];
+  std::memcpy(parts, &v, sizeof(T));
+  for (size_t i = 1; i < sizeof(T) / sizeof(v4); ++i) parts[0] += parts[i];
+  return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 // A vector of elements of type T, widened to float32 as it is read.

@@ -1,0 +1,281 @@
+"""The product of int8 inputs and integer weights, against integers and float64 that share no code with it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from optimizer.backends.kernels.build import cpu_kernels
+from optimizer.backends.kernels.dynamic_int8_linear import dynamic_int8_linear, dynamic_int8_linear_ref, input_format
+from optimizer.backends.kernels.w4a16_linear import pack_int4
+from optimizer.errors import UsageError
+from optimizer.quant.activations import quantize_activation
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def seeded(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights as integers, `group` values of a row under one scale, and a bias."""
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor | None
+    bits: int
+
+    def args(self, x: Tensor, group: int) -> tuple[Any, ...]:
+        data = pack_int4(self.q) if self.bits == 4 else self.q
+        return x, data, self.scale, self.zero, self.bias, group
+
+
+def layer(bits: int, group: int = -1, *, n: int = 19, k: int = 256, symmetric: bool = True, bias: bool = True) -> Layer:
+    """Random integers over the whole grid, zero points of both signs, scales over three decades."""
+    generator = torch.Generator().manual_seed(n + k + group)
+    half, groups = 2 ** (bits - 1), 1 if group == -1 else k // group
+    q = torch.randint(-half, half, (n, k), generator=generator, dtype=torch.int8)
+    scale = torch.rand(n, groups, generator=generator) * torch.logspace(-3, 0, n).unsqueeze(1) + 1e-4
+    zero = None if symmetric else torch.randint(-half, half, (n, groups), generator=generator).float()
+    return Layer(q, scale, zero, seeded(n, seed=2) if bias else None, bits)
+
+
+def rounded(x: Tensor, group: int) -> np.ndarray:
+    """What finite `x [M, K]` is rounded to: integers by numpy, times their float32 scales, in float64."""
+    values = x.float().numpy().reshape(len(x), -1, x.shape[1] if group == -1 else group)
+    step = np.abs(values).max(-1, keepdims=True) / np.float32(127.5)
+    step = np.where(step == 0, np.finfo(np.float32).eps, step).astype(np.float32)
+    q = np.rint(np.clip(values / step, -128, 127)).astype(np.int64)
+    return (q * step.astype(np.float64)).reshape(x.shape)
+
+
+def check(got: Tensor, case: Layer, x: Tensor, group: int) -> None:
+    """`got` is the product in float64, up to what float32 does to sums of exact integers.
+
+    Each of the K / 32 blocks is converted, scaled twice and added: (K / 32 + 24) u covers these, the lanes' sum, the
+    zero point's own sum of blocks and the bias, times the sum of magnitudes (Higham, Accuracy and Stability, 3.1).
+    """
+    k = x.shape[1]
+    scale = case.scale.double().repeat_interleave(k // case.scale.shape[1], 1)
+    zero = torch.zeros(1, 1) if case.zero is None else case.zero.repeat_interleave(k // case.zero.shape[1], 1)
+    seen = torch.from_numpy(rounded(x, group))
+    bias = torch.zeros(1) if case.bias is None else case.bias.double()
+    exact = seen @ ((case.q.double() - zero) * scale).t() + bias
+    magnitude = seen.abs() @ ((case.q.double().abs() + zero.abs()) * scale).t() + bias.abs()
+    kind = torch.finfo(x.dtype)
+    error = (k / 32 + 24) * 2.0**-24 * magnitude
+    error = error + kind.eps / 2 * (exact.abs() + error) + kind.smallest_normal * kind.eps
+    assert got.dtype == x.dtype
+    assert got.shape == exact.shape
+    off = float(((got.double() - exact).abs() - error).max())
+    assert off <= 0, f"off by {off:.3g} more than float32 sums of exact integers explain"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("k", [32, 96, 256, 384])
+def test_every_pair_of_groups_is_right(bits: int, symmetric: bool, k: int) -> None:
+    """A scale for one block, several or the row, on either side: chunks with one scale, with several, and cut short."""
+    groups = [g for g in (32, 64, 96, 128, -1) if g == -1 or k % g == 0]
+    for weight_group, group, rows in product(groups, groups, (1, 7)):
+        case = layer(bits, weight_group, k=k, symmetric=symmetric)
+        x = seeded(rows, k) * torch.logspace(-2, 2, k)
+        for op in (dynamic_int8_linear, dynamic_int8_linear_ref):
+            check(op(*case.args(x, group)), case, x, group)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "rows"), [(1, 1), (2, 2), (3, 3), (5, 4), (33, 21)])
+def test_ragged_shapes_in_every_type(bits: int, dtype: torch.dtype, n: int, rows: int) -> None:
+    case = layer(bits, 128, n=n, k=1152, bias=n % 2 == 1)
+    x = seeded(rows, 1152).to(dtype)
+    for group in (32, -1):
+        check(dynamic_int8_linear(*case.args(x, group)), case, x, group)
+
+
+def test_more_weights_than_one_slab_or_task_holds() -> None:
+    case = layer(8, n=300, k=1024)
+    x = seeded(6, 1024)
+    check(dynamic_int8_linear(*case.args(x, -1)), case, x, -1)
+
+
+@pytest.mark.parametrize("group", [32, 64, -1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inputs_are_rounded_exactly_as_specified(bits: int, group: int) -> None:
+    """A row of the identity gives back one input, so each is seen as it was rounded: to the last bit."""
+    x = torch.stack([
+        seeded(128),
+        torch.arange(128) - 63.5,  # s = 64.5 / 127.5
+        torch.cat([torch.tensor([127.5, -127.5]), torch.arange(126) / 2]),  # s = 1: ties, and both ends
+        -torch.cat([torch.tensor([127.5, -127.5]), torch.arange(126) / 2]),
+        torch.zeros(128),
+        torch.full((128,), -0.0),
+        torch.logspace(-45, -30, 128),  # denormal inputs and scales
+        torch.logspace(30, 38.5, 128) * torch.tensor([1.0, -1.0]).repeat(64),
+        torch.full((128,), torch.finfo(torch.float32).max),
+        seeded(128).cumsum(0).exp(),
+    ])  # fmt: skip
+    identity = Layer(torch.eye(128, dtype=torch.int8), torch.ones(128, 1), None, None, bits)
+    expected = quantize_activation(x, input_format(group))
+    assert torch.equal(dynamic_int8_linear(*identity.args(x, group)), expected)
+    assert torch.equal(dynamic_int8_linear_ref(*identity.args(x, group)), expected)
+
+
+@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize(("bits", "weight"), [(4, -8), (4, 7), (8, -128), (8, 127)])
+def test_the_largest_integers_do_not_saturate(bits: int, weight: int, group: int) -> None:
+    """Every weight at an end of its range, and inputs at theirs: 127.5 is 127 under its scale of 1, -127.5 is -128.
+
+    The largest sum is 2^24, so float32 holds every one, and the result is exact.
+    """
+    k = 1024
+    case = Layer(torch.full((3, k), weight, dtype=torch.int8), torch.ones(3, 1), None, None, bits)
+    for pattern, total in (((1, 1), 127 * k), ((-1, -1), -128 * k), ((1, -1), -k // 2), ((-1, 1), -k // 2)):
+        x = (127.5 * torch.tensor(pattern)).repeat(k // 2).expand(5, k)
+        got = dynamic_int8_linear(*case.args(x, group))
+        assert torch.equal(got, torch.full((5, 3), float(weight * total)))
+
+
+@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_does_not_depend_on_its_batch(bits: int, group: int) -> None:
+    case, x = layer(bits, 64, symmetric=False), seeded(7, 256)
+    together = dynamic_int8_linear(*case.args(x, group))
+    alone = torch.cat([dynamic_int8_linear(*case.args(row, group)) for row in x.split(1)])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_not_finite_spoils_its_row_and_no_other(bits: int, group: int, bad: float) -> None:
+    case = layer(bits, 32, symmetric=False)
+    for position in (0, 40, 255):
+        x = seeded(5, 256)
+        x[2, position] = bad
+        got = dynamic_int8_linear(*case.args(x, group))
+        assert got[2].isnan().all()
+        x[2] = 0
+        assert torch.equal(got[[0, 1, 3, 4]], dynamic_int8_linear(*case.args(x, group))[[0, 1, 3, 4]])
+
+
+def test_zeros_give_the_bias_and_nothing_gives_nothing() -> None:
+    case = layer(4, 32, symmetric=False)
+    assert torch.equal(dynamic_int8_linear(*case.args(torch.zeros(3, 256), 32)), case.bias.expand(3, -1))  # type: ignore[union-attr]
+    for shape in ((0, 256), (2, 0, 256)):
+        assert dynamic_int8_linear(*case.args(torch.zeros(shape), 32)).shape == (*shape[:-1], 19)
+    empty = layer(8, n=0)
+    assert dynamic_int8_linear(*empty.args(torch.zeros(2, 256), -1)).shape == (2, 0)
+
+
+def test_any_strides_and_leading_dimensions() -> None:
+    case, x = layer(4, 128), seeded(256, 2, 3).permute(2, 1, 0)
+    expected = dynamic_int8_linear(*case.args(x.contiguous().view(6, 256), 32)).view(3, 2, 19)
+    assert torch.equal(dynamic_int8_linear(*case.args(x, 32)), expected)
+    assert torch.equal(dynamic_int8_linear(*case.args(x[1, 1], 32)), expected[1, 1])
+    strided = seeded(4, 512)[:, ::2]
+    got = dynamic_int8_linear(*case.args(strided, 32))
+    assert torch.equal(got, dynamic_int8_linear(*case.args(strided.contiguous(), 32)))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nothing_is_read_beyond_the_weight(bits: int) -> None:
+    """The weight ends where the next page may not be read: an odd number of blocks is less than a vector."""
+    page, k, n = mmap.PAGESIZE, 96, 3
+    memory = mmap.mmap(-1, 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
+    case = layer(bits, 32, n=n, k=k)
+    data = pack_int4(case.q) if bits == 4 else case.q
+    at_the_end = torch.frombuffer(memory, dtype=data.dtype, offset=page - data.numel(), count=data.numel()).view_as(
+        data
+    )
+    at_the_end.copy_(data)
+    x = seeded(3, k)
+    check(dynamic_int8_linear(x, at_the_end, case.scale, None, case.bias, 32), case, x, 32)
+    assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 3) == 0
+
+
+@pytest.mark.parametrize("group", [0, 16, 48, -2, 96, 512])
+def test_groups_that_no_kernel_has_are_refused(group: int) -> None:
+    case, x = layer(8), seeded(2, 256)
+    with pytest.raises((RuntimeError, UsageError), match=rf"{group}"):
+        dynamic_int8_linear(*case.args(x, group))
+    with pytest.raises(UsageError, match=rf"{group}"):
+        dynamic_int8_linear_ref(*case.args(x, group))
+
+
+@pytest.mark.skipif(not cpu_kernels().loaded, reason="the reference checks no operands")
+def test_wrong_operands_raise_and_are_not_read() -> None:
+    case = layer(4, 128)
+    x, data, scale, zero, bias, group = case.args(seeded(2, 256), 32)
+    for args, message in (
+        ((x[:, :128], data, scale, zero, bias, group), "x has 128 features, the weight has 256"),
+        ((x, data, scale[:5], zero, bias, group), "scale and zero must be contiguous float32"),
+        ((x, data, scale.double(), zero, bias, group), "scale and zero must be contiguous float32"),
+        ((x, data, scale, zero, bias[:3], group), "bias must have one value"),
+        ((x, data[:, ::2], scale, zero, bias, group), "contiguous matrix"),
+        ((x.double(), data, scale, zero, bias, group), "float32, bfloat16 or float16"),
+        ((x, data.int(), scale, zero, bias, group), "weights must be"),
+        ((seeded(1, 2**18 + 32), torch.zeros(1, 2**18 + 32, dtype=torch.int8), scale[:1, :1].contiguous(), None, None,
+          -1), "could overflow"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            dynamic_int8_linear(*args)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_op_keeps_its_contract(bits: int) -> None:
+    case = layer(bits, 64, symmetric=False)
+    for group in (32, -1):
+        torch.library.opcheck(dynamic_int8_linear, case.args(seeded(2, 3, 256).bfloat16(), group))
+
+
+def test_it_compiles_whole() -> None:
+    torch._dynamo.reset()
+    case, x = layer(4, 128), seeded(2, 256)
+
+    def forward(x: Tensor) -> Tensor:
+        return dynamic_int8_linear(*case.args(x, 32)) + 1  # type: ignore[no-any-return]
+
+    assert torch.equal(torch.compile(forward, backend="aot_eager", fullgraph=True)(x), forward(x))
+
+
+@pytest.mark.gpu
+def test_the_reference_serves_a_gpu() -> None:
+    case, x = layer(4, 128), seeded(3, 256)
+    args = [a.cuda() if isinstance(a, Tensor) else a for a in case.args(x, 32)]
+    check(dynamic_int8_linear(*args).cpu(), case, x, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cpu_kernels().loaded, reason="no compiler")
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_the_layouts_of_vnni_by_emulation(lanes: int, tmp_path: Any) -> None:
+    """This file again, on vectors of AVX-VNNI's and AVX-512's width whose dot product is a loop."""
+    script = (
+        "import sys, pytest\n"
+        "import optimizer.backends.kernels.build as build\n"
+        f"build.FLAGS += ('-DINT8_EMULATED_LANES={lanes}',)\n"
+        "assert build.cpu_kernels().loaded, build.cpu_kernels().reason\n"
+        f"sys.exit(pytest.main([{__file__!r}, '-q', '-p', 'no:cacheprovider', '-m', 'not slow and not gpu']))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
