@@ -27,6 +27,7 @@ class CompiledRunner(BaseRunner):
     ) -> None:
         super().__init__(model, tokenizer, max_context=max_context)
         self.compile = compile
+        self.backend: str | Callable[..., Any] = "inductor"  # of `torch.compile`; set before the first step
         self._steps: dict[tuple[int, int], _CompiledStep] = {}
         self._step: _CompiledStep | None = None
         self._prompt: tuple[Any, Tensor] | None = None
@@ -73,7 +74,7 @@ class CompiledRunner(BaseRunner):
         rows, capacity = bucket(self._batch), min(max(256, bucket(context)), self.max_context)
         if (rows, capacity) not in self._steps:
             state = StaticKeyValueCache(self.config, rows, capacity, self.device)
-            self._steps[rows, capacity] = _CompiledStep(self.model, state, self.ledger, self.compile)
+            self._steps[rows, capacity] = _CompiledStep(self.model, state, self.ledger, self.compile, self.backend)
         return self._steps[rows, capacity]
 
     @property
@@ -90,7 +91,14 @@ class _CompiledStep:
     choose. It therefore cannot recompile.
     """
 
-    def __init__(self, model: nn.Module, state: StaticKeyValueCache, ledger: Ledger, compile: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        state: StaticKeyValueCache,
+        ledger: Ledger,
+        compile: bool,
+        backend: str | Callable[..., Any],
+    ) -> None:
         self.model, self.state, self.ledger = model, state, ledger
         self.kind = "compiled" if compile else "eager"
         self.ready = not compile
@@ -98,7 +106,7 @@ class _CompiledStep:
         self.run: Callable[..., Tensor] = forward
         if compile:
             options = compile_options(state.mask.device)
-            self.run = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+            self.run = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False, options=options)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         self.ledger.steps[self.kind] += 1

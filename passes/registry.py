@@ -10,12 +10,13 @@ from typing import Any
 from optimizer.errors import RecipeError
 from optimizer.passes.base import Pass
 from optimizer.passes.decode import Decode
+from optimizer.passes.fuse import Fuse
 from optimizer.passes.merge_linears import MergeLinears
 from optimizer.passes.mixed import Mixed
 from optimizer.passes.quantize import Quantize
 from optimizer.passes.rotate import Rotate
 
-PASSES: dict[str, type[Any]] = {kind.name: kind for kind in (Rotate, Quantize, Mixed, MergeLinears, Decode)}
+PASSES: dict[str, type[Any]] = {kind.name: kind for kind in (Rotate, Quantize, Mixed, MergeLinears, Decode, Fuse)}
 
 
 def build_pass(name: str, options: Mapping[str, Any]) -> Pass:

@@ -1,6 +1,6 @@
 """Compile every shipped kernel ahead of time, for GPUs that this machine need not have, and read what came out.
 
-    python -m optimizer.backends.kernels.ahead [--kernel NAME] [--markdown | --json]
+    python -m optimizer.backends.kernels.ahead [--kernel NAME] [--json]
 
 Registers, local memory (spills) and shared memory are those the assembler reports for the cubin. Features are looked
 for in the generated PTX.
@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import pkgutil
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from optimizer.backends import kernels
@@ -113,17 +116,36 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", out.stdout)}
 
 
+def compile_all(only: str | None = None, processes: int | None = None) -> list[Compiled]:
+    """Every build (of one op file) for every target, in the order of `shipped`; a process a core unless told."""
+    work = [
+        (module, index, sm)
+        for module, builds in itertools.groupby(shipped(only), key=lambda pair: pair[0])
+        for index, (_, build) in enumerate(builds)
+        for sm in build.targets
+    ]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_compile_one, work, chunksize=4))
+
+
+def _compile_one(work: tuple[str, int, int]) -> Compiled:
+    module, index, sm = work
+    return compile_ahead(module, next(itertools.islice(shipped(module), index, None))[1], sm)
+
+
 def markdown(rows: Iterable[Compiled]) -> str:
-    """The table of `docs/kernels.md`."""
+    """The table of `docs/kernels.md`: a row a build, with its registers for each target it is for."""
     lines = [
-        "| op | build | target | warps | registers | spilled | shared memory | in its code |",
-        "|---|---|---|--:|--:|--:|--:|---|",
+        "| op | build | warps | registers: sm_80 / 90 / 100 | shared memory | in the code for every target |",
+        "|---|---|--:|--:|--:|---|",
     ]
-    lines += [
-        f"| `{r.kernel}` | {r.label} | sm_{r.sm} | {r.warps} | {r.registers} | {r.local + r.stack} | {r.shared:,} B "
-        f"| {', '.join(f for f in r.features if f != 'no-atomics') or '–'} |"
-        for r in rows
-    ]
+    for (kernel, label), same in itertools.groupby(rows, key=lambda row: (row.kernel, row.label)):
+        builds = {row.sm: row for row in same}
+        registers = " / ".join(str(builds[sm].registers) if sm in builds else "–" for sm in (80, 90, 100))
+        shared = max(row.shared for row in builds.values())
+        features = [f for f in FEATURES if f != "no-atomics" and all(f in row.features for row in builds.values())]
+        warps = next(iter(builds.values())).warps
+        lines.append(f"| `{kernel}` | {label} | {warps} | {registers} | {shared:,} B | {', '.join(features) or '–'} |")
     return "\n".join(lines) + "\n"
 
 
@@ -133,7 +155,7 @@ def main() -> None:
     parser.add_argument("--kernel", help="one op file only")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     options = parser.parse_args()
-    rows = [compile_ahead(name, build, sm) for name, build in shipped(options.kernel) for sm in build.targets]
+    rows = compile_all(options.kernel)
     print(json.dumps([asdict(row) | {"faults": row.faults} for row in rows]) if options.json else markdown(rows))
     faults = [f"{row.kernel} ({row.label}) sm_{row.sm}: {fault}" for row in rows for fault in row.faults]
     if faults:

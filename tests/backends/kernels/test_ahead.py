@@ -38,17 +38,11 @@ def test_every_build_keeps_what_its_description_says(rows: list[dict[str, Any]])
     assert all(0 < row["registers"] <= 255 and row["shared"] <= 227 << 10 for row in rows)
 
 
-def test_every_kernel_file_ships_a_build(rows: list[dict[str, Any]]) -> None:
+def test_every_kernel_that_is_launched_ships_a_build(rows: list[dict[str, Any]]) -> None:
     folder = Path(kernels.__path__[0])
-    with_kernels = {file.stem for file in folder.glob("*.py") if "\n@jit\ndef _" in file.read_text(encoding="utf-8")}
-    helpers = {"rounding"}  # device functions that other kernels call
-    assert with_kernels - helpers <= {row["kernel"] for row in rows} | SHARED.keys()
-    for shared, users in SHARED.items():
-        assert users <= {row["kernel"] for row in rows}, shared
-
-
-SHARED: dict[str, set[str]] = {}
-"""Files of kernels that several ops launch, and which ship their builds."""
+    launched = {file.stem for file in folder.glob("*.py") if "_kernel[" in file.read_text(encoding="utf-8")}
+    assert len(launched) > 10
+    assert launched <= {row["kernel"] for row in rows}
 
 
 def test_the_table_in_the_documentation_is_what_compiles(rows: list[dict[str, Any]]) -> None:

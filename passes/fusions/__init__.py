@@ -1,0 +1,20 @@
+"""The fusions in the order in which they run, one family a file: an addition with a norm before the norm alone,
+and what matches our own ops last.
+
+Importing this defines the ops that they call.
+"""
+
+from __future__ import annotations
+
+from optimizer.backends.fusion import Fusion
+from optimizer.passes.fusions import bias_gelu, gated, layer_norm, quantize, rms_norm, rope
+
+FUSIONS: tuple[Fusion, ...] = (
+    *rms_norm.FUSIONS,
+    *layer_norm.FUSIONS,
+    *gated.FUSIONS,
+    *bias_gelu.FUSIONS,
+    *rope.FUSIONS,
+    *quantize.FUSIONS,
+)
+"""What `fuse` and the backend run unless told otherwise."""
