@@ -5,7 +5,7 @@
 The peers run in an environment of their own, made with
 `pip install torch transformers torchao onnx onnx-ir onnxruntime onnxruntime-genai`. Every variant is a process that
 waits its turn, and one round asks each once, so that neighbours on the machine slow all alike: ratios are paired by
-round. Writes `benchmarks/results/peers_cpu.json` and prints its tables.
+round. Writes `benchmarks/results/peers_cpu.json`, and `docs/cpu.md`, which shows it.
 """
 
 from __future__ import annotations
@@ -194,6 +194,28 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def page(document: dict[str, Any]) -> str:
+    """`docs/cpu.md`."""
+    peers = next(iter(document["models"].values()))["peer_versions"]
+    versions = ", ".join(f"{name} {version}" for name, version in peers.items())
+    asked = (
+        f"Batch 1, {document['prompt']} tokens in, {document['output']} out, {document['rounds']} interleaved rounds;"
+    )
+    machine = f"{document['machine']}, {document['cores']} cores ({document['isa']}), {document['threads']} threads"
+    return f"""# Decode on a CPU, beside the peers
+
+{asked} medians, with 95 % intervals of the
+ratios paired by round (`python -m benchmarks.peers_cpu`). *generated* is a Llama of random weights: hidden size 1024,
+12 layers, 16 heads over 4. Weights are rounded to nearest and the head is quantized too; `int8-inputs` are served with
+inputs rounded to int8 in groups of 32. Weights MB include the embedding, of which a step reads one row. The share of
+the read bandwidth is that of the whole step. What is asked was set for a processor with AVX-512 VNNI.
+
+{markdown(document)}
+{machine}, {document["date"]}; theirs:
+{versions}.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="the Python of the peers' environment")
@@ -222,6 +244,7 @@ def main() -> None:
             document["models"][name] = found
     out = RESULTS / "peers_cpu.json"
     out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (RESULTS.parents[1] / "docs" / "cpu.md").write_text(page(document), encoding="utf-8")
     print(f"{markdown(document)}\nwritten to {out}")
 
 

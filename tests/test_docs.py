@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from benchmarks import streaming
+from benchmarks import peers_cpu, streaming
 from benchmarks.decode import markdown
 from benchmarks.gpu import claims
 from optimizer.cli import app
@@ -56,6 +56,11 @@ def test_relative_links_lead_somewhere(document):
 def test_the_readme_shows_the_committed_result():
     result = json.loads((ROOT / "benchmarks/results/decode-cpu.json").read_text(encoding="utf-8"))
     assert markdown(result) in README
+
+
+def test_the_page_on_cpus_shows_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/peers_cpu.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs/cpu.md").read_text(encoding="utf-8") == peers_cpu.page(result)
 
 
 def test_the_page_on_streaming_shows_the_committed_result():
