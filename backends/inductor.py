@@ -75,6 +75,7 @@ class FusionPass(CustomInferenceAwareGraphPass):  # type: ignore[misc, unused-ig
             self.ledger.graphs.append(GraphRecord(note="left alone: it trains, and the fused ops have no backward"))
             return
         run = _Run(self.devices)
+        explicit_sizes(graph)
         for matcher in _matchers(self.fusions):
             merge_duplicates(graph)
             matcher.apply(graph, run)
@@ -206,22 +207,29 @@ class _Matcher:
 
 
 class _Run:
-    """One pass over one graph: the sites found, the nodes that are taken, and matches that a guard refused."""
+    """One pass over one graph: the sites found, the nodes that are taken, and matches that a guard refused.
+
+    Matches that overlap a taken one would be gone from the graph had that one been replaced: they are no misses.
+    """
 
     def __init__(self, devices: tuple[str, ...]) -> None:
         self.devices = devices
         self.sites: list[Site] = []
         self.claimed: set[Node] = set()
+        self.overlapping: set[Node] = set()
         self.refused: dict[Node, Site] = {}
 
     def accept(self, fusion: Fusion, match: Match) -> bool:
         """Record a match and say whether to replace it."""
         outputs = [node for node in match.output_nodes() if node is not None]
         # Outputs that share inputs alone are searched for apart from each other, and may find one and the same node.
-        if len(set(outputs)) < len(outputs) or self.claimed.intersection(match.nodes):
+        if len(set(outputs)) < len(outputs):
+            return False
+        if self.claimed.intersection(match.nodes):
+            self.overlapping.update(match.nodes)
             return False
         site = Site(fusion.name, fusion.variant, where(outputs[0]), outputs[0].name)
-        if reason := fusion.guard(match.kwargs):
+        if reason := _keywords(match) or fusion.guard(match.kwargs):
             self.refused.update(dict.fromkeys(match.nodes, replace(site, reason=reason)))
             return False
         reason = self._no_kernel(fusion, value(outputs[0]).device.type)
@@ -236,6 +244,17 @@ class _Run:
         if device == "cuda" and triton is None:
             return f"{LEFT}: Triton is not installed, so the op has no kernel on cuda"
         return ""
+
+
+def _keywords(match: Match) -> str:
+    """A reason where a call has keyword arguments that the pattern lacks: the matcher does not look at those.
+
+    So `addmm` with `beta=2` would pass for one without.
+    """
+    for pattern, node in match.ctx.pattern_to_node.items():
+        if node is not None and (extra := node.kwargs.keys() - getattr(pattern, "kwargs", {}).keys()):
+            return f"{node.target} is called with {', '.join(sorted(extra))}, which the pattern lacks"
+    return ""
 
 
 @cache
@@ -271,7 +290,16 @@ def _trace(fn: Callable[..., Any], *arguments: Any, **options: Any) -> GraphModu
     """A pattern in the form that graphs have where the pass runs."""
     module = fwd_only(fn, *arguments, **options)
     view_to_reshape(module)
+    explicit_sizes(module.graph)
     return module
+
+
+def explicit_sizes(graph: Graph) -> None:
+    """Write out the `-1` in sizes that are known, so that one pattern serves a view that was written either way."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
+        shape = node.meta["val"].shape if "val" in node.meta else ()
+        if -1 in node.args[1] and shape and all(isinstance(size, int) for size in shape):
+            node.args = (node.args[0], list(shape))
 
 
 def merge_duplicates(graph: Graph) -> None:
@@ -310,7 +338,8 @@ def _misses(graph: Graph, fusions: Sequence[Fusion], run: _Run) -> Iterator[Miss
         names = dict.fromkeys(f.name for f in rows)
         patterns = [e.pattern for n in names for entries in matchers[n].rules.patterns.values() for e in entries]
         for node in graph.nodes:
-            if node.op != "call_function" or node in run.claimed or not anchor.found(node):
+            taken = node in run.claimed or node in run.overlapping
+            if node.op != "call_function" or taken or not anchor.found(node):
                 continue
             if node in run.refused:
                 run.sites.append(run.refused[node])

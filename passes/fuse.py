@@ -32,7 +32,8 @@ class Fuse:
     """Rewrite the decode step that the `decode` pass compiles: put it after that one.
 
     A fusion is applied where its op has a kernel: on CUDA, unless `devices` names others. `strict` makes it an error
-    that a fusion matches more or less often than the architecture has sites, or that a site is matched by none.
+    that a fusion matches more or less often than the architecture has sites, or that a site is matched by none. With
+    neither `strict` nor `required` nothing is traced on a device where no op has a kernel.
     """
 
     name: ClassVar[str] = "fuse"
@@ -50,8 +51,13 @@ class Fuse:
 
     def run(self, model: nn.Module, ctx: Context) -> PassReport:
         """Count the matches, judge them, and set the runner that compiles with them."""
+        from optimizer.passes.fusions import FUSIONS
         from optimizer.passes.fusions.expected import expected
 
+        device = next(model.parameters()).device.type
+        useful = self.devices or {name for fusion in FUSIONS for name in fusion.devices}
+        if not (self.strict or self.required or device in useful):
+            return PassReport(self.name, 0, notes=(f"left to Inductor: no op has a kernel of its own on {device}",))
         with stopwatch() as seconds:
             make = ctx.make_runner
             found = self._trace(model, ctx, make)

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
 from optimizer.backends.linear import DenseLinear, MergedSlice, QuantizedLinear
+
+OURS = (QuantizedLinear, DenseLinear, MergedSlice)
 
 
 class Sites(NamedTuple):
@@ -56,7 +62,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # Between the sum of the feed-forward layer and the next norm OPT changes the shape, for which there is no pattern.
     "opt": Architecture(
-        {"add_layer_norm": Sites(1, 1), "layer_norm": Sites(1)},
+        {"add_layer_norm": Sites(1, 1), "layer_norm": Sites(1), "addmm_relu": Sites(1, dense=True)},
         {"do_layer_norm_before": True, "activation_function": "relu", "_remove_final_layer_norm": False},
     ),
     # Attention and feed-forward layer are parallel: one norm a layer, and no bias.
@@ -77,7 +83,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By `config.model_type`."""
 
-COUNTED = tuple(dict.fromkeys(name for architecture in ARCHITECTURES.values() for name in architecture.sites))
+DECODED = "dequantize_matmul"
+NOWHERE = (DECODED, "mm_bias", "addmm_gelu")
+"""Fusions without a site in any of these: for models that are quantized already, or written otherwise."""
+
+COUNTED = (*dict.fromkeys(name for architecture in ARCHITECTURES.values() for name in architecture.sites), *NOWHERE)
 """Fusions that have an expected number. Those of quantized rows depend on the recipe, and are reported as found."""
 
 
@@ -93,8 +103,22 @@ def expected(model: Any) -> tuple[dict[str, int], str]:
         if found != wanted:
             return {}, f"no count is expected: {kind} has {name} {found!r}, and the table is for {wanted!r}"
     layers = int(config.num_hidden_layers)
-    ours = any(isinstance(module, QuantizedLinear | DenseLinear | MergedSlice) for module in model.modules())
     sites = {name: architecture.sites.get(name, Sites(0)) for name in COUNTED}
-    open_ended = [name for name, site in sites.items() if site.dense and ours]
-    counts = {name: s.layer * layers + s.once for name, s in sites.items() if name not in open_ended}
-    return counts, f"{', '.join(open_ended)}: no count is expected around layers of our own" if open_ended else ""
+    ours = any(isinstance(module, OURS) for module in model.modules())
+    around = [name for name, site in sites.items() if site.dense and ours]
+    notes = [f"{', '.join(around)}: no count is expected around layers of our own"] if around else []
+    if _holds_integers(model):
+        around.append(DECODED)
+        notes.append(f"{DECODED}: no count is expected where layers that are not ours hold integers")
+    counts = {name: site.layer * layers + site.once for name, site in sites.items() if name not in around}
+    return counts, "; ".join(notes)
+
+
+def _holds_integers(model: nn.Module) -> bool:
+    """Whether another library's layers hold int8 weights, or tensors that wrap some."""
+    return any(
+        tensor.dtype == torch.int8 or is_traceable_wrapper_subclass(tensor)
+        for module in model.modules()
+        if not isinstance(module, OURS)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    )

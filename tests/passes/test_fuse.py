@@ -115,7 +115,7 @@ def test_each_fusion_matches_as_often_as_the_architecture_has_sites(name: str) -
     assert fused <= 1.25 * plain
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
 def test_a_prompt_has_the_same_sites_and_the_same_logits_in_float32(name: str) -> None:
     model = ARCHITECTURES[name]()
     backend = tracer()
@@ -183,6 +183,18 @@ def test_on_a_cpu_the_sites_are_counted_and_left_to_inductor() -> None:
     assert context.make_runner(ARCHITECTURES["gpt_neox"](), None).backend == "inductor"  # type: ignore[attr-defined]
 
 
+def test_nothing_is_traced_where_nothing_can_be_applied_and_nothing_is_required() -> None:
+    step = Fuse(strict=False, required=False)
+    context = Context()
+    model = ARCHITECTURES["llama"]()
+    Decode().run(model, context)
+    make = context.make_runner
+    report = step.run(model, context)
+    assert context.make_runner is make
+    assert report.matched == 0
+    assert report.notes == ("left to Inductor: no op has a kernel of its own on cpu",)
+
+
 def test_a_required_fusion_that_is_not_found_fails_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     def other(self: Any, x: Tensor) -> Tensor:
         return self.weight * (x / x.norm(dim=-1, keepdim=True))
@@ -192,7 +204,7 @@ def test_a_required_fusion_that_is_not_found_fails_the_job(monkeypatch: pytest.M
         served(ARCHITECTURES["llama"](), Fuse())
     with pytest.raises(PassError, match="add_rms_norm 0 times instead of 4"):
         served(ARCHITECTURES["llama"](), Fuse(strict=False))
-    _, (_, report) = served(ARCHITECTURES["llama"](), Fuse(strict=False, required=False))
+    _, (_, report) = served(ARCHITECTURES["llama"](), Fuse(devices=["cpu"], strict=False, required=False))
     assert "add_rms_norm matched 0 of 4, applied 0" in report.notes
 
 
@@ -206,7 +218,7 @@ def test_a_refused_site_is_reported_with_its_module_and_reason(monkeypatch: pyte
         PassError, match=r"model\.layers\.0\.input_layernorm: rms_norm: weight is 0\.5, not a parameter"
     ):
         served(ARCHITECTURES["llama"](), Fuse())
-    _, (_, report) = served(ARCHITECTURES["llama"](), Fuse(strict=False, required=False))
+    _, (_, report) = served(ARCHITECTURES["llama"](), Fuse(devices=["cpu"], strict=False, required=False))
     assert {skip.name for skip in report.skipped} >= {"model.layers.0.input_layernorm", "model.norm"}
     assert {skip.reason for skip in report.skipped} == {"rms_norm: weight is 0.5, not a parameter"}
 
@@ -236,6 +248,40 @@ def test_nothing_is_expected_of_layers_that_are_ours() -> None:
     counts, note = expected.expected(model)
     assert "bias_gelu" not in counts
     assert note == "bias_gelu: no count is expected around layers of our own"
+
+
+class Int8Linear(torch.nn.Module):
+    """Weight-only, one scale a channel on the product, as torchao compiles it."""
+
+    data: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1) / 127
+        self.register_buffer("data", (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.mm(x.reshape(-1, x.shape[-1]), self.data.t().to(x.dtype)) * self.scale
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def test_a_model_that_another_library_quantized_has_its_products_decoded_in_the_op() -> None:
+    model = ARCHITECTURES["llama"]()
+    linears = [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in linears:
+        model.model.set_submodule(name, Int8Linear(model.model.get_submodule(name)))
+    counts, note = expected.expected(model)
+    assert "dequantize_matmul" not in counts
+    assert note == "dequantize_matmul: no count is expected where layers that are not ours hold integers"
+    backend = tracer()
+    fused, plain = decode(model, backend), decode(model)
+    (record,) = backend.fusion.ledger.graphs
+    assert record.applied() == {n: c for n, c in counts.items() if c} | {"dequantize_matmul": len(linears)}
+    assert len(linears) == 7 * LAYERS
+    # Some thirty operations in a row whose roundings differ, each of sums of up to 128 products.
+    assert float((fused - plain).abs().max()) <= 30 * 128**0.5 * 2**-24 * float(plain.abs().max())
 
 
 def test_fuse_comes_after_decode_and_knows_its_devices() -> None:
