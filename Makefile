@@ -18,8 +18,8 @@ setup: .venv/.installed ## create .venv and install everything into it
 demo: setup ## optimize the embedded model; leaves out/demo/ with the artifact and report.html
 	$(BIN)/optimizer run reference --recipe default --out out/demo
 
-test: setup lint typecheck ## lint, types and the whole test suite: what CI runs
-	$(BIN)/python -m pytest
+test: setup lint typecheck ## lint, types and the whole test suite, a worker a core: what CI runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 fast: setup ## the tests of the pure layers alone: seconds
 	$(BIN)/python -m pytest tests/quant tests/evals tests/test_layers.py tests/test_package.py -x -q
