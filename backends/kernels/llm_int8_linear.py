@@ -55,7 +55,7 @@ _WARPS = 4
 def llm_int8_linear_ref(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     """The specification: x rounded but for its outliers, times the decoded weight in float32."""
     check_rows("llm_int8_linear", x)
-    rounded = quantize_activation(x, ActivationFormat(outlier_threshold=threshold))
+    rounded = quantize_activation(x.contiguous(), ActivationFormat(outlier_threshold=threshold))
     return float32_linear(rounded, data.float() * scale, bias).to(x.dtype)
 
 

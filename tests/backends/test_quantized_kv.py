@@ -105,7 +105,8 @@ def compiled_and_not(kind: KvKind) -> None:
 def test_the_step_is_one_graph(kind: KvKind, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with = torch.compile
 
-    def quickly(step: Any, *, fullgraph: bool, dynamic: bool, options: Any) -> Any:
+    def quickly(step: Any, *, backend: str, fullgraph: bool, dynamic: bool, options: Any) -> Any:
+        assert backend == "inductor"
         return compile_with(step, fullgraph=fullgraph, dynamic=dynamic, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", quickly)

@@ -331,11 +331,15 @@ BF16 = ["w8a8-bf16"]
 
 @pytest.mark.parametrize("name", [n for n in CONSUMED if n not in (*FLOAT4, *ASYMMETRIC, *BF16, "llm-int8")])
 def test_transformers_computes_what_we_compute(name: str, made: Callable[[str], Written]) -> None:
-    # The weights are equal and the inputs are rounded on the same grids; what may differ is the order of sums.
+    # The weights are equal and the inputs are rounded on the same grids; what may differ is the order of sums. An input
+    # within that of a tie may then fall to the other side, which moves its token by a part of a step of 1/127.
     ours = logits(load_checkpoint(made(name).folder, CPU))
     theirs = logits(transformers_model(made(name).folder, torch.float32))
-    assert (theirs - ours).norm() <= 1e-5 * ours.norm()
+    error = (theirs - ours).norm(dim=-1) / ours.norm(dim=-1)
     rounded = made(name).case.scheme.activation is not None
+    assert float(error.median()) <= 1e-6
+    assert float(error.max()) <= (1 / 127 if rounded else 1e-6)
+    assert float((error > 1e-6).float().mean()) <= 0.15
     assert bool((logits(dense(made(name).model)) - ours).norm() > 1e-3 * ours.norm()) == rounded
 
 
