@@ -94,6 +94,11 @@ class QuantizedLinear(nn.Module):
         self.plan = next(name for name, (fits, _) in PLANS.items() if fits(self))
         self.kernel = self._kernel_name()
 
+    def keep_inputs(self) -> None:
+        """Round no inputs from now on: what is left is the error of the weights."""
+        self.activation, self.int8_group = None, None
+        self._choose()
+
     def serve_int8(self, group: int) -> str:
         """Round the inputs of a weight-only layer to int8 in groups of `group` values of a token, from now on.
 

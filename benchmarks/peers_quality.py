@@ -95,7 +95,7 @@ def keep_activations(model: Any) -> None:
     """Leave the inputs of all layers as they are."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.activation = None
+            module.keep_inputs()
 
 
 def export(folder: Path, models: Iterable[str], tokens: int, rows: int) -> str:
