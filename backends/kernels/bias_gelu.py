@@ -11,9 +11,8 @@ The sum and everything after it is float32, rounded once. For M rows of b bytes 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from optimizer.backends.kernels.gated import COLUMNS, GELU, activate, check_approximate
+from optimizer.backends.kernels.gated import COLUMNS, GELU, activate, check_approximate, gelu_ref
 from optimizer.backends.kernels.gpu import Shipped, jit, tl, triton
 from optimizer.backends.kernels.library import define
 from optimizer.backends.kernels.rounding import as_rows, check_rows, rounded
@@ -23,7 +22,7 @@ def bias_gelu_ref(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """The specification: in float32, rounded once."""
     check_rows("bias_gelu", x, bias=bias)
     check_approximate("bias_gelu", approximate)
-    return F.gelu(x.float() + bias.float(), approximate=approximate).to(x.dtype).contiguous()
+    return gelu_ref(x.float() + bias.float(), approximate).to(x.dtype).contiguous()
 
 
 @jit

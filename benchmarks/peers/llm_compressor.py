@@ -58,7 +58,8 @@ def run(side: Side, folder: Path, scheme: str) -> None:
         models[name] = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
         peak = memory_bytes("VmHWM")
         process = process or {
-            "seconds": process_seconds(), "peak_bytes": max(peak, highest), "step_bytes": peak - loaded,
+            "seconds": process_seconds(), "peak_bytes": max(peak, highest),
+            "step_bytes": max(0, peak - loaded),  # Linux counts pages by CPU, in batches: a peak can read a page low
             "threads": torch.get_num_threads(),
         }  # fmt: skip
         likelihoods[name] = log_likelihoods(model.eval(), data["windows"])
