@@ -58,8 +58,8 @@ def silu_mul_ref(gate: Tensor, up: Tensor) -> Tensor:
 def gelu_ref(x: Tensor, approximate: str) -> Tensor:
     """The specification of the activation, float32 to float32.
 
-    The exact form is spelt out: `F.gelu` goes to oneDNN on processors with AVX-512, whose polynomial is off by 3.7 units
-    in the last place of x, and by another amount in a vector that holds an infinity.
+    The exact form is spelt out: `F.gelu` goes to oneDNN on processors with AVX-512, whose polynomial is off by up to
+    3.7 · 2⁻²⁴ |x|, and by another amount in a vector that holds an infinity.
     """
     return F.gelu(x, approximate="tanh") if approximate == "tanh" else x * (1 + torch.erf(x * 0.5**0.5)) / 2
 
