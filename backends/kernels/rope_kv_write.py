@@ -22,6 +22,14 @@ import torch
 from torch import Tensor
 
 from optimizer.backends.kernels.gpu import Shipped, jit, tl
+from optimizer.backends.kernels.kv_write import (
+    SCALE_STRIDES,
+    as_written,
+    check_cache,
+    shipped_scales,
+    write_heads,
+    write_ref,
+)
 from optimizer.backends.kernels.library import define
 from optimizer.backends.kernels.rope import (
     WARPS,
@@ -34,11 +42,8 @@ from optimizer.backends.kernels.rope import (
     store_heads,
     table_strides,
 )
-from optimizer.backends.kernels.rounding import FLOATS, elements, magnitude, rounded
+from optimizer.backends.kernels.rounding import FLOATS, rounded
 from optimizer.errors import UsageError
-from optimizer.quant.kv import KvKind, quantize_kv
-
-KINDS: dict[torch.dtype, KvKind] = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 def rope_kv_write_ref(
@@ -58,28 +63,14 @@ def rope_kv_write_ref(
 ) -> Tensor:
     """The specification, in float32."""
     _check(q, k, v, cos, sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots)
-    _write(rotated_ref(_normed(k, k_weight, eps), cos, sin), k_cache, k_scale, slots)
-    _write(v.float(), v_cache, v_scale, slots)
+    write_ref(rotated_ref(_normed(k, k_weight, eps), cos, sin), k_cache, k_scale, slots)
+    write_ref(v.float(), v_cache, v_scale, slots)
     return rotated_ref(_normed(q, q_weight, eps), cos, sin).to(q.dtype)
 
 
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x = x.float()
     return x if weight is None else x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
-
-
-def _write(x: Tensor, cache: Tensor, scale: Tensor | None, slots: Tensor) -> None:
-    """Put `x [B, H_kv, S, D]` float32 in its slots."""
-    size = cache.shape[2]
-    inside = (slots >= 0) & (slots < cache.shape[0] * size)
-    rows, slot = x.transpose(1, 2)[inside], slots[inside]  # [n, H_kv, D], [n]
-    block, offset = slot // max(size, 1), slot % max(size, 1)
-    if scale is None:
-        cache[block, :, offset] = rows.to(cache.dtype)
-        return
-    q, row_scale = quantize_kv(rows.unsqueeze(0), KINDS[cache.dtype])
-    cache.view(torch.uint8)[block, :, offset] = q[0].view(torch.uint8)
-    scale[block, :, offset] = row_scale[0, ..., 0]
 
 
 @jit
@@ -166,25 +157,10 @@ def _cache_heads(  # type: ignore[no-untyped-def]
         first, second, rest = _norm(first, second, rest, weight_ptr, eps, HALF, REST, BLOCK_HALF, BLOCK_REST)
     if ROTATE:
         first, second = rotate(first, second, cos_ptr, sin_ptr, HALF, BLOCK_HALF)
-    inside = (h < heads) & (slot >= 0) & (slot < slot_count)
-    block, offset = slot // block_size, slot % block_size
-    if QUANTIZE == "none":
-        kind = cache_ptr.dtype.element_ty
-        first, second, rest = rounded(first, kind), rounded(second, kind), rounded(rest, kind)
-    else:
-        limit: tl.constexpr = 127.0 if QUANTIZE == "int8" else 448.0
-        largest = tl.maximum(tl.max(magnitude(first), 1), tl.max(magnitude(second), 1))
-        largest = tl.maximum(largest, tl.max(magnitude(rest), 1)).to(tl.float32, bitcast=True)
-        scale = tl.div_rn(largest, limit)
-        scale = tl.where(scale == 0, 1.0, scale)
-        tl.store(scale_ptr + block * scale_stride_b + offset + h * scale_stride_h, scale, mask=inside)
-        first = elements(first, scale[:, None], QUANTIZE)
-        second = elements(second, scale[:, None], QUANTIZE)
-        rest = elements(rest, scale[:, None], QUANTIZE)
-        if QUANTIZE == "int8":  # a subnormal scale may give -128
-            first, second, rest = tl.maximum(first, -127), tl.maximum(second, -127), tl.maximum(rest, -127)
-    cache_ptr += block * stride_b + offset * stride_s
-    store_heads(cache_ptr, stride_h, h, inside, first, second, rest, HALF, REST, BLOCK_HALF, BLOCK_REST)
+    write_heads(
+        cache_ptr, stride_b, stride_h, stride_s, scale_ptr, scale_stride_b, scale_stride_h, slot, slot_count,
+        block_size, first, second, rest, h, heads, QUANTIZE, HALF, REST, BLOCK_HALF, BLOCK_REST,
+    )  # fmt: skip
 
 
 @jit
@@ -294,17 +270,14 @@ def _rope_kv_write_cuda(
     parts = -(-heads // sizes["BLOCK_H"]) + 2 * -(-kv_heads // sizes["BLOCK_H"])
     if not batch * tokens * parts:
         return out
-    quantize = {None: "none", "int8": "int8", "fp8": "fp8-bits"}[KINDS.get(k_cache.dtype)]
     scales = (k_scale, v_scale)
-    if quantize == "fp8-bits":
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    quantize, k_cache, v_cache, scale_strides = as_written(k_cache, v_cache, *scales)
     weights = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
     _rope_kv_write_kernel[(batch * tokens, parts)](
         out, q, k, v, cos, sin, *weights, k_cache, v_cache, *scales, slots.contiguous(), eps,
         tokens, heads, kv_heads, blocks * block_size, max(block_size, 1),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table_strides(cos), *table_strides(sin),
-        *k_cache.stride()[:3], *v_cache.stride()[:3],
-        *(stride for scale in scales for stride in ((0, 0) if scale is None else scale.stride()[:2])),
+        *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides,
         Q_NORM=q_weight is not None, K_NORM=k_weight is not None, QUANTIZE=quantize, **sizes, num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -326,30 +299,10 @@ def _check(
 ) -> None:
     """`UsageError` for shapes and types that do not go together."""
     check_rope(q, k, cos, sin)
-    if v.shape != k.shape or v.dtype != k.dtype:
-        raise UsageError(f"v must be as k, {k.dtype} {list(k.shape)}; got {v.dtype} {list(v.shape)}.")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and (weight.shape != q.shape[3:] or weight.dtype not in FLOATS):
             raise UsageError(f"{name} must be a float [{q.shape[3]}]; got {weight.dtype} {list(weight.shape)}.")
-    for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
-        heads, head = k.shape[1], k.shape[3]
-        if cache.ndim != 4 or cache.shape[1::2] != (heads, head) or cache.shape != k_cache.shape:
-            raise UsageError(f"{name}_cache must be [blocks, {heads}, block_size, {head}]; got {list(cache.shape)}.")
-        if cache.dtype != k_cache.dtype or cache.dtype not in (*FLOATS, *KINDS) or cache.stride(3) != 1:
-            raise UsageError(
-                f"{name}_cache must be a float, int8 or float8_e4m3fn, of one type with the other, its last dimension "
-                f"contiguous; got {cache.dtype} with strides {cache.stride()}."
-            )
-        if (scale is None) == (cache.dtype in KINDS):
-            raise UsageError(f"{name}_scale goes with an 8-bit cache and no other; the cache is {cache.dtype}.")
-        wrong = scale is not None and (scale.shape != cache.shape[:3] or scale.dtype != torch.float32)
-        if scale is not None and (wrong or scale.stride(2) != 1):
-            raise UsageError(
-                f"{name}_scale must be float32 {list(cache.shape[:3])}, its last dimension contiguous; got "
-                f"{scale.dtype} {list(scale.shape)}."
-            )
-    if slots.shape != (q.shape[0], q.shape[2]) or slots.dtype != torch.int64:
-        raise UsageError(f"slots must be int64 [{q.shape[0]}, {q.shape[2]}]; got {slots.dtype} {list(slots.shape)}.")
+    check_cache(k, v, k_cache, v_cache, k_scale, v_scale, slots)
 
 
 def _fake(q: Tensor, *_: Any) -> Tensor:
@@ -368,25 +321,20 @@ rope_kv_write = define(
 
 def _shipped(head: int, cache: str, norm: bool) -> Shipped:
     """One build."""
-    quantize = {"*bf16": "none", "*i8": "int8", "*u8": "fp8-bits"}[cache]
     strides = [f"{name}{i}" for name in ("q", "k", "v", "kc", "vc") for i in "bhs"] + ["cb", "cs", "sb", "ss"]
     counts = ("tokens", "heads", "kv_heads", "slot_count", "block_size")
-    scale_strides = tuple(f"stride_{name}" for name in ("ksb", "ksh", "vsb", "vsh"))
     signature = dict.fromkeys(("out_ptr", "q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr"), "*bf16")
     signature |= {"k_cache_ptr": cache, "v_cache_ptr": cache, "slots_ptr": "*i64", "eps": "fp32"}
     signature |= dict.fromkeys((*counts, *(f"stride_{name}" for name in strides)), "i32")
-    constants: dict[str, Any] = {"Q_NORM": norm, "K_NORM": norm, "QUANTIZE": quantize, **head_constants(head, head)}
+    more, constants, quantize = shipped_scales(cache)
+    constants |= {"Q_NORM": norm, "K_NORM": norm, **head_constants(head, head)}
     if norm:
         signature |= dict.fromkeys(("q_weight_ptr", "k_weight_ptr"), "*bf16")
     else:
         constants |= dict.fromkeys(("q_weight_ptr", "k_weight_ptr"))
-    if quantize == "none":
-        constants |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr")) | dict.fromkeys(scale_strides, 0)
-    else:
-        signature |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32") | dict.fromkeys(scale_strides, "i32")
     label = f"{'bf16' if quantize == 'none' else quantize.split('-')[0]} cache, D = {head}{', norms' if norm else ''}"
     return Shipped(
-        _rope_kv_write_kernel, label, signature, constants, WARPS, unaligned=(*counts, *scale_strides),
+        _rope_kv_write_kernel, label, signature | more, constants, WARPS, unaligned=(*counts, *SCALE_STRIDES),
         expects=("load128", "store128", "no-atomics"), registers=128,
     )  # fmt: skip
 

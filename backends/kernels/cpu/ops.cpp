@@ -2,4 +2,6 @@
 #include "attention.h"
 #include "float.h"
 #include "int8.h"
+#include "kv_write.h"
 #include "linear.h"
+#include "paged_attention.h"

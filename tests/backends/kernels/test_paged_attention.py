@@ -1,4 +1,4 @@
-"""Attention over a cache in blocks: reference and kernel against float64 over what the cache stands for."""
+"""Attention over a cache in blocks: reference and kernels against float64 over what the cache stands for."""
 
 from __future__ import annotations
 
@@ -10,13 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from optimizer.backends.kernels.build import cpu_kernels
 from optimizer.backends.kernels.paged_attention import _paged_attention_cuda, paged_attention, paged_attention_ref
 from optimizer.errors import UsageError
 from optimizer.quant.kv import quantize_kv
 from tests.backends.kernels.attention_cases import assert_within, exact_attention
 
 pytest.importorskip("triton")
-BOTH = pytest.mark.parametrize("op", [paged_attention_ref, _paged_attention_cuda], ids=["reference", "kernel"])
+
+
+def compiled(*args: Any) -> Tensor:
+    """The op on a CPU, in C++."""
+    if not cpu_kernels().loaded:
+        pytest.skip(f"no compiled kernels: {cpu_kernels().reason}")
+    return paged_attention(*args)  # type: ignore[no-any-return]
+
+
+ALL = pytest.mark.parametrize(
+    "op", [paged_attention_ref, _paged_attention_cuda, compiled], ids=["reference", "kernel", "compiled"]
+)
+PIECE = 256  # positions that the compiled kernel takes at a time
 # The interpreter computes with NumPy, which reports what a NaN or an infinity does.
 NOT_FINITE = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -111,10 +124,42 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@BOTH
+@ALL
 def test_equals_float64_attention(op: Any, name: str) -> None:
     one = case(**CASES[name])
     one.check(op(*one.args))
+
+
+@pytest.mark.parametrize("kind", ["", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head", [1, 7, 33, 64, 80, 96, 256])
+def test_compiled_heads_of_any_size(head: int, dtype: torch.dtype, kind: str) -> None:
+    for heads in ((1, 1), (6, 2), (28, 4)):  # seven heads are taken as four, two and one
+        one = case(heads=heads, head=head, dtype=dtype, kind=kind)
+        one.check(compiled(*one.args))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"lengths": (PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 1, 780)},
+        {"lengths": (790, 300), "window": 2 * PIECE, "sinks": 7, "kind": "int8"},
+        {"lengths": (799, 600), "window": 3, "sinks": PIECE + 20, "kind": "fp8"},
+    ],
+    ids=["pieces", "sinks within a piece", "sinks past a piece"],
+)
+def test_compiled_pieces_and_threads(shape: dict[str, Any]) -> None:
+    """Pieces end anywhere in a block; however many threads share them, they are merged in the same order."""
+    one = case(table=40, head=40, **shape)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 9):  # with nine, pieces are shared out
+            torch.set_num_threads(threads)
+            results.append(compiled(*one.args))
+    finally:
+        torch.set_num_threads(before)
+    one.check(results[0])
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
@@ -127,7 +172,7 @@ def test_any_number_of_splits_gives_the_same(name: str, splits: int) -> None:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-@BOTH
+@ALL
 def test_hidden_positions_are_not_read(op: Any, poison: float) -> None:
     one = case(**CASES["window and sinks"])
     wanted = op(*one.args)
@@ -143,7 +188,7 @@ def test_hidden_positions_are_not_read(op: Any, poison: float) -> None:
 @NOT_FINITE
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", ["k_cache", "v_cache", "k_scale", "v_scale"])
-@BOTH
+@ALL
 def test_what_is_not_finite_spoils_the_heads_that_see_it(op: Any, which: str, value: float) -> None:
     one = case(kind="int8" if which.endswith("scale") else "")
     clean = op(*one.args)
@@ -159,15 +204,48 @@ def test_what_is_not_finite_spoils_the_heads_that_see_it(op: Any, which: str, va
         assert got[0, 3:].isnan().all()
 
 
+@pytest.mark.parametrize("op", [paged_attention_ref, compiled], ids=["reference", "compiled"])
+def test_every_e4m3_is_decoded(op: Any) -> None:
+    """As a value of weight 1 it comes back exactly; NaN, 0x7f and 0xff, is one as a value and as a key."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 256)
+    none, scale = torch.zeros(1, 1, 1, 256).to(every.dtype), torch.ones(1, 1, 1)
+    place = (torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), 1.0, 0, 0)
+    got = op(torch.zeros(1, 1, 256), none, every, scale, scale, *place)
+    assert torch.allclose(got.flatten(), every.float().flatten(), rtol=0, atol=0, equal_nan=True)
+    for nan in (0x7F, 0xFF):
+        key = none.clone()
+        key.view(torch.uint8)[..., 3] = nan
+        assert op(torch.ones(1, 1, 256), key, none, scale, scale, *place).isnan().all()
+
+
+@pytest.mark.parametrize("lost", [range(PIECE), range(PIECE, 2 * PIECE), range(2 * PIECE)], ids=str)
+def test_compiled_pieces_whose_scores_are_all_minus_infinity(lost: range) -> None:
+    """Their weights are 0, and NaN where there are no others."""
+    one = case(lengths=(2 * PIECE,), table=26)
+    one.q.fill_(1.0)
+    for position in lost:
+        one.k_cache[int(one.block_table[0, position // 20]), :, position % 20] = -math.inf
+    got = compiled(*one.args)
+    if len(lost) == 2 * PIECE:
+        assert got.isnan().all()
+        assert paged_attention_ref(*one.args).isnan().all()
+        return
+    seen = one.seen()
+    seen[:, lost] = False
+    k, v = one.gathered(one.k_cache, None).nan_to_num(neginf=0.0), one.gathered(one.v_cache, None)
+    assert_within(got, *exact_attention(one.q, k, v, seen, one.scale))
+
+
 @NOT_FINITE
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("splits", [1, 4, 0])
 def test_scores_of_minus_infinity(splits: int) -> None:
     one = case(lengths=(100, 1))
     one.q.fill_(1.0)
     first = int(one.block_table[0, 0])
     one.k_cache[first, :, 7] = -math.inf  # one of many: its weight is 0
     one.k_cache[int(one.block_table[1, 0]), :, 0] = -math.inf  # the only one
-    got, wanted = _paged_attention_cuda(*one.args, splits=splits), paged_attention_ref(*one.args)
+    got = _paged_attention_cuda(*one.args, splits=splits) if splits else compiled(*one.args)
+    wanted = paged_attention_ref(*one.args)
     assert torch.allclose(got[0], wanted[0], rtol=1e-5, atol=1e-6)
     assert wanted[0].isfinite().all()
     assert got[1].isnan().all()
@@ -175,7 +253,7 @@ def test_scores_of_minus_infinity(splits: int) -> None:
 
 
 @pytest.mark.parametrize("block", [-1, 10**6])
-@BOTH
+@ALL
 def test_a_block_outside_the_cache_is_not_read_and_makes_its_row_nan(op: Any, block: int) -> None:
     one = case()
     wanted = op(*one.args)
@@ -188,7 +266,7 @@ def test_a_block_outside_the_cache_is_not_read_and_makes_its_row_nan(op: Any, bl
 
 
 @NOT_FINITE
-@BOTH
+@ALL
 def test_lengths_out_of_range(op: Any) -> None:
     one = case(lengths=(-3, 161, 160))
     got = op(*one.args)
@@ -197,7 +275,7 @@ def test_lengths_out_of_range(op: Any) -> None:
     assert got[2].isfinite().all()
 
 
-@BOTH
+@ALL
 def test_large_scores_do_not_overflow(op: Any) -> None:
     one = case()
     one.q *= 1e3
@@ -208,7 +286,7 @@ def test_large_scores_do_not_overflow(op: Any) -> None:
     assert_within(got, *exact_attention(one.q, k, v, one.seen(), one.scale))
 
 
-@BOTH
+@ALL
 def test_strided_operands(op: Any) -> None:
     one = case(kind="int8")
     wanted = op(*one.args)
@@ -220,7 +298,8 @@ def test_strided_operands(op: Any) -> None:
     assert torch.equal(op(*one.args), wanted)
 
 
-def test_offsets_beyond_32_bits() -> None:
+@pytest.mark.parametrize("op", [_paged_attention_cuda, compiled], ids=["kernel", "compiled"])
+def test_offsets_beyond_32_bits(op: Any) -> None:
     far = 2**31
     one = case(heads=(1, 1), head=16, block_size=16, table=2, lengths=(32,), kind="int8")
     memory = torch.empty(far + 256, dtype=torch.int8)  # pages that nothing touches take no memory
@@ -231,10 +310,10 @@ def test_offsets_beyond_32_bits() -> None:
     assert one.k_scale is not None
     one.k_scale = one.v_scale = one.k_scale[:2].contiguous()
     one.block_table = torch.tensor([[1, 0]], dtype=torch.int32)
-    one.check(_paged_attention_cuda(*one.args))
+    one.check(op(*one.args))
 
 
-@BOTH
+@ALL
 def test_nothing_to_do(op: Any) -> None:
     one = case()
     none = Case(one.q[:0], one.k_cache, one.v_cache, None, None, one.block_table[:0], one.lengths[:0], 1.0)
@@ -256,38 +335,50 @@ def test_nothing_to_do(op: Any) -> None:
         ({"window": -1}, "window and sinks"),
     ],
 )
-@BOTH
+@ALL
 def test_wrong_operands_raise(op: Any, change: dict[str, Any], message: str) -> None:
     one = case()
     for name, value in change.items():
         setattr(one, name, value)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(RuntimeError if op is compiled else UsageError, match=message):
         op(*one.args)
 
 
-def test_wrong_scales_raise() -> None:
+@ALL
+def test_wrong_scales_raise(op: Any) -> None:
+    error = RuntimeError if op is compiled else UsageError
     one = case(kind="int8")
     one.v_scale = None
-    with pytest.raises(UsageError, match="v_scale goes with"):
-        paged_attention(*one.args)
+    with pytest.raises(error, match="v_scale goes with"):
+        op(*one.args)
     one = case(kind="int8")
     assert one.k_scale is not None
     one.k_scale = one.k_scale.half()
-    with pytest.raises(UsageError, match="k_scale must be float32"):
-        paged_attention(*one.args)
+    with pytest.raises(error, match="k_scale must be float32"):
+        op(*one.args)
+
+
+@ALL
+def test_an_inner_dimension_that_is_not_contiguous(op: Any) -> None:
+    one = case(dtype=torch.bfloat16)
+    wanted = op(*one.args)
+    one.q, one.k_cache, one.v_cache = (x.mT.contiguous().mT for x in (one.q, one.k_cache, one.v_cache))
+    assert torch.equal(op(*one.args), wanted)
 
 
 @pytest.mark.parametrize("kind", ["", "int8", "fp8"])
 def test_opcheck(kind: str) -> None:
+    cpu_kernels()  # whichever implementation there is
     # PyTorch's check of the schema compares operands before and after, which it cannot for float8 on a CPU.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(paged_attention, case(kind=kind).args, test_utils=checks[kind == "fp8" :])
 
 
 def test_compiles_whole() -> None:
+    cpu_kernels()
     one = case(kind="int8")
-    compiled = torch.compile(lambda *args: paged_attention(*args) + 1, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(*one.args), paged_attention(*one.args) + 1)
+    whole = torch.compile(lambda *args: paged_attention(*args) + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(whole(*one.args), paged_attention(*one.args) + 1)
 
 
 @pytest.mark.gpu
