@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.backends.kv_cache import StaticKeyValueCache, prompt_cache
-from optimizer.backends.runner import BaseRunner, Ledger
+from optimizer.backends.runner import Ledger, StepRunner
 
 
-class CompiledRunner(BaseRunner):
+class CompiledRunner(StepRunner):
     """The model's own forward, compiled whole over a static cache: one graph for every step of a bucket.
 
     A bucket is a batch size (the next power of two; spare rows repeat the last one) and a capacity in tokens (256
@@ -25,9 +25,7 @@ class CompiledRunner(BaseRunner):
     def __init__(
         self, model: nn.Module, tokenizer: Any = None, *, max_context: int | None = None, compile: bool = True
     ) -> None:
-        super().__init__(model, tokenizer, max_context=max_context)
-        self.compile = compile
-        self.backend: str | Callable[..., Any] = "inductor"  # of `torch.compile`; set before the first step
+        super().__init__(model, tokenizer, max_context=max_context, compile=compile)
         self._steps: dict[tuple[int, int], _CompiledStep] = {}
         self._step: _CompiledStep | None = None
         self._prompt: tuple[Any, Tensor] | None = None

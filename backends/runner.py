@@ -30,6 +30,8 @@ class Ledger:
     steps: Counter[str] = field(default_factory=Counter)
     kernels: dict[str, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
+    notes: dict[str, str] = field(default_factory=dict)
+    """What a reader of the counts should know, by subject: why steps were not replayed, what speculation did."""
 
     def kernel_counts(self) -> dict[str, int]:
         """Layers by kernel."""
@@ -225,6 +227,19 @@ class BaseRunner(ABC):
     @abstractmethod
     def _decode(self, tokens: Tensor) -> Tensor:
         """Run a checked step."""
+
+
+class StepRunner(BaseRunner):
+    """A runner whose steps are compiled unless `compile` is False; set `torch.compile`'s `backend` before the first."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, max_context: int | None, compile: bool) -> None:
+        super().__init__(model, tokenizer, max_context=max_context)
+        self.compile = compile
+        self.backend: str | Callable[..., Any] = "inductor"
+
+    @abstractmethod
+    def warm_up(self, batch: int = 1, context: int = 1) -> None:
+        """Compile and run the step of a bucket, so that the first request does not pay for it."""
 
 
 class EagerRunner(BaseRunner):

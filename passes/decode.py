@@ -1,4 +1,4 @@
-"""Run decode from a static key-value cache with one compiled graph a batch size.
+"""Run decode from a static or paged key-value cache with one compiled graph a batch size.
 
 Generation then launches one precompiled step a token instead of hundreds of small operators. Unquantized bfloat16
 layers on a processor without bfloat16 matrix instructions move to our own kernel at the same time. With `int8_inputs`
@@ -17,10 +17,13 @@ from torch import nn
 from optimizer.backends.compiled import CompiledRunner
 from optimizer.backends.kernels.build import cpu_kernels
 from optimizer.backends.kernels.decode_attention import register
+from optimizer.backends.kv_layout import KeyValueLayout
 from optimizer.backends.linear import DenseLinear, MergedSlice, QuantizedLinear, linear_layers
+from optimizer.backends.paged_runner import PagedOptions, PagedRunner, layout_of
 from optimizer.backends.runner import BaseRunner
-from optimizer.errors import RecipeError
+from optimizer.errors import ModelError, RecipeError, UsageError
 from optimizer.passes.base import Context, PassReport, Skip, stopwatch
+from optimizer.quant.kv import check_kv_kind
 
 INT8_GROUP = 32
 """Values of a token that share a scale where `int8_inputs` rounds them: a block of the kernels, and the finest."""
@@ -30,6 +33,11 @@ INT8_GROUP = 32
 class Decode:
     """Serve through a `CompiledRunner` of `max_context` tokens (all the model's positions unless given).
 
+    With `cache: paged` through a `PagedRunner`: keys and values in blocks of `block_size` tokens, room for
+    `cache_tokens` over all rows, prompts in chunks of `chunk` tokens, shared prefixes, and requests that join and leave
+    between steps. `kv: int8` or `fp8` rounds them; with a `window` every token sees that many before it and the first
+    `sinks`. A model whose attention cannot read blocks stays on the static cache, and the report says why.
+
     `int8_inputs` rounds the inputs of weight-only integer layers to int8 in groups of 32 values of a token on a CPU.
     """
 
@@ -38,11 +46,37 @@ class Decode:
     max_context: int | None = None
     compile: bool = True
     int8_inputs: bool = False
+    cache: str = "static"
+    kv: str | None = None
+    block_size: int = 32
+    cache_tokens: int | None = None
+    chunk: int = 512
+    window: int = 0
+    sinks: int = 0
     required: bool = True
 
+    @property
+    def paged(self) -> PagedOptions:
+        """How the paged cache is kept."""
+        kv: Any = self.kv
+        return PagedOptions(kv, self.block_size, self.cache_tokens, self.chunk, self.window, self.sinks)
+
     def check(self, model: nn.Module, ctx: Context) -> None:
-        """The context must be one that the model has positions for."""
+        """The context must be one that the model has positions for, and the options must go together."""
         del ctx
+        if self.cache not in ("static", "paged"):
+            raise RecipeError(f"decode.cache is {self.cache!r}. Use static or paged.")
+        try:
+            paged = self.paged
+            if self.kv is not None:
+                check_kv_kind(self.kv)
+        except UsageError as error:
+            raise RecipeError(f"decode: {error}") from error
+        if self.cache == "static" and paged != PagedOptions():
+            raise RecipeError(
+                "decode: kv, block_size, cache_tokens, chunk, window and sinks are options of the paged cache. "
+                "Add `cache: paged`."
+            )
         limit = getattr(model.config, "max_position_embeddings", None)
         if self.max_context is not None and not 1 < self.max_context <= (limit or self.max_context):
             raise RecipeError(f"decode.max_context is {self.max_context}; the model has positions for 2 to {limit}.")
@@ -54,8 +88,19 @@ class Decode:
             for name, linear in dense:
                 model.set_submodule(name, DenseLinear(linear))
             integer, skipped = _use_int8_inputs(model) if self.int8_inputs else ([], [])
-            attention = _use_decode_attention(model)
             ctx.make_runner = partial(_runner, max_context=self.max_context, compile=self.compile)
+            attention = ""
+            if self.cache == "paged":
+                try:
+                    attention = f"attention reads blocks: {_described(layout_of(model, self.paged))}"
+                    ctx.make_runner = partial(
+                        _paged_runner, max_context=self.max_context, compile=self.compile, options=self.paged
+                    )
+                except ModelError as error:
+                    if self.kv or self.window:
+                        raise
+                    skipped.append(Skip("cache", f"stays static: {error}"))
+            attention = attention or _use_decode_attention(model)
         notes = [f"{len(dense)} dense layers run on bf16_linear"] if dense else []
         notes += [*integer, attention]
         return PassReport(self.name, 1, 1, tuple(skipped), notes=tuple(notes), seconds=seconds())
@@ -63,6 +108,18 @@ class Decode:
 
 def _runner(model: nn.Module, tokenizer: Any, *, max_context: int | None, compile: bool) -> BaseRunner:
     return CompiledRunner(model, tokenizer, max_context=max_context, compile=compile)
+
+
+def _paged_runner(
+    model: nn.Module, tokenizer: Any, *, max_context: int | None, compile: bool, options: PagedOptions
+) -> BaseRunner:
+    return PagedRunner(model, tokenizer, max_context=max_context, compile=compile, options=options)
+
+
+def _described(layout: KeyValueLayout) -> str:
+    windows = ", ".join(f"a window of {window}" if window else "all tokens" for window in layout.windows)
+    elements = str(layout.elements).removeprefix("torch.")
+    return f"{elements}, {layout.bytes_per_token()} bytes a token, {windows} seen"
 
 
 def _use_int8_inputs(model: nn.Module) -> tuple[list[str], list[Skip]]:

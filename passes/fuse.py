@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from optimizer.backends.compiled import CompiledRunner
 from optimizer.backends.fusion import FusionLedger, GraphRecord
-from optimizer.backends.runner import BaseRunner
+from optimizer.backends.runner import BaseRunner, StepRunner
 from optimizer.errors import PassError, RecipeError, UsageError
 from optimizer.passes.base import Context, PassReport, Skip, stopwatch
 
@@ -76,7 +75,7 @@ class Fuse:
         from optimizer.backends.inductor import FusedCompiler
 
         runner = make(model, ctx.tokenizer)
-        if not isinstance(runner, CompiledRunner) or not runner.compile:
+        if not isinstance(runner, StepRunner) or not runner.compile:
             raise PassError(
                 f"fuse rewrites the step that `decode` compiles, and {type(runner).__name__} compiles none. "
                 "Put fuse after decode, and leave decode.compile true."
@@ -152,7 +151,7 @@ def _fused_runner(
     from optimizer.backends.inductor import FusedCompiler
 
     runner = make(model, tokenizer)
-    assert isinstance(runner, CompiledRunner)
+    assert isinstance(runner, StepRunner)
     runner.backend = FusedCompiler(_fusion_pass(devices, FusionLedger()))
     return runner
 

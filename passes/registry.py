@@ -15,8 +15,11 @@ from optimizer.passes.merge_linears import MergeLinears
 from optimizer.passes.mixed import Mixed
 from optimizer.passes.quantize import Quantize
 from optimizer.passes.rotate import Rotate
+from optimizer.passes.speculate import Speculate
 
-PASSES: dict[str, type[Any]] = {kind.name: kind for kind in (Rotate, Quantize, Mixed, MergeLinears, Decode, Fuse)}
+PASSES: dict[str, type[Any]] = {
+    kind.name: kind for kind in (Rotate, Quantize, Mixed, MergeLinears, Decode, Fuse, Speculate)
+}
 
 
 def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
@@ -38,6 +41,7 @@ def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "bool": (bool,), "int | None": (int, type(None)), "Sequence[str]": (list, tuple), "str": (str,),
+    "str | None": (str, type(None)),
     "Clip": (str,), "float": (float, int), "float | None": (float, int, type(None)),
 }  # fmt: skip
 

@@ -1,0 +1,225 @@
+"""Keys and values in blocks (PagedAttention, Kwon et al., arXiv:2309.06180), filled and read by transformers' models.
+
+A model runs unchanged: `update` of the cache that it is given writes its new keys and values to their slots, and the
+attention that transformers looks up by name reads them where they lie, through the ops `kv_write` and
+`paged_attention`. A contiguous cache is the case of one block a row.
+
+    tokens     [B, S] int64   what one forward appends, padded anywhere
+    positions  [B, S] int64   place of each in its row; -1 for padding, which is neither written nor seen
+    tables     [B, M] int32   for each group of layers (`KeyValueLayout`): the block of every `block_size` positions
+
+A few tokens a row (decoding, verifying a chain of drafts) are attended as so many rows of one token, by the kernel that
+reads blocks in place: a token's attention is computed alike whatever the number of tokens beside it. More tokens (a
+prompt's chunk) and trees of drafts gather the row's keys and values and go to transformers' SDPA. An 8-bit cache is
+read as it was rounded in either case, so the size of a chunk changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizer.backends.kernels.kv_write import kv_write
+from optimizer.backends.kernels.paged_attention import paged_attention
+from optimizer.backends.kv_layout import KeyValueLayout, LayerShape, ProbeCache
+from optimizer.errors import UsageError
+
+NAME = "optimizer-paged"
+"""The name under which transformers knows this attention."""
+FEW_TOKENS = 16
+"""Up to so many tokens a row are attended one by one, in place."""
+VARIANTS = ("softcap", "position_bias", "s_aux")
+"""What some models add to attention and the kernel lacks; `probe` refuses these models."""
+
+
+class LayerStorage:
+    """One layer's blocks: `keys`, `values` `[blocks, H_kv, block_size, D]`, scales `[blocks, H_kv, block_size]`."""
+
+    def __init__(self, shape: LayerShape, layout: KeyValueLayout, blocks: int, device: torch.device) -> None:
+        size = (blocks, shape.kv_heads, layout.block_size, shape.head_dim)
+        self.keys = torch.zeros(size, dtype=layout.elements, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.key_scales: Tensor | None = None
+        self.value_scales: Tensor | None = None
+        if layout.kind is not None:
+            self.key_scales = torch.zeros(size[:3], dtype=torch.float32, device=device)
+            self.value_scales = torch.zeros_like(self.key_scales)
+        for tensor in self.tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is stored."""
+        every = (self.keys, self.values, self.key_scales, self.value_scales)
+        return [tensor for tensor in every if tensor is not None]
+
+
+class Storage:
+    """The blocks of all layers; `blocks` says how many each group of layers has."""
+
+    def __init__(self, layout: KeyValueLayout, blocks: tuple[int, ...], device: torch.device) -> None:
+        self.layout, self.blocks = layout, blocks
+        groups = layout.group_of
+        self.layers = [LayerStorage(shape, layout, blocks[groups[i]], device) for i, shape in enumerate(layout.layers)]
+
+    def copy_block(self, group: int, source: int, target: int) -> None:
+        """Copy a block in every layer of a group, before a shared one is written to."""
+        for layer, at in zip(self.layers, self.layout.group_of, strict=True):
+            if at == group:
+                for tensor in layer.tensors:
+                    tensor[target].copy_(tensor[source])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all blocks occupy, used or not."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors)
+
+
+@dataclass
+class View:
+    """What one forward writes and sees: this is the cache that the model is given.
+
+    `visible` is given where attention must gather: `[B, 1, S, L]` bool, the first L positions of each row that each new
+    token sees (one for each group). `fresh` says that the rows held nothing before and none is padded.
+    """
+
+    storage: Storage
+    positions: Tensor
+    tables: list[Tensor]
+    slots: list[Tensor]
+    lengths: Tensor
+    row_tables: list[Tensor]
+    visible: list[Tensor] | None = None
+    fresh: bool = False
+
+    is_compileable = False
+
+    @classmethod
+    def of(
+        cls, storage: Storage, positions: Tensor, tables: list[Tensor], *, context: int | None = None,
+        tree: tuple[Tensor, Tensor] | None = None, fresh: bool = False,
+    ) -> View:  # fmt: skip
+        """A view for tokens at `positions [B, S]`.
+
+        `context` (the tokens in the longest row afterwards) makes attention gather that many positions; it must be
+        given for more than `FEW_TOKENS`. For drafts in a tree, `tree` holds which of the new tokens each may see
+        `[B, S, S]` bool and the position in the sequence `[B, S]` that each would have; `positions` is where each is
+        written.
+        """
+        size = storage.layout.block_size
+        real = positions >= 0
+        at = positions.clamp(min=0)
+        slots = [torch.where(real, table.gather(1, at // size).long() * size + at % size, -1) for table in tables]
+        lengths = (positions + 1).to(torch.int32).reshape(-1)
+        tokens = positions.shape[1]
+        rows = tables if tokens == 1 else [table.repeat_interleave(tokens, 0) for table in tables]
+        visible = None
+        if context is not None:
+            visible = [_visible(positions, context, w, storage.layout.sinks, tree) for w in storage.layout.windows]
+        return cls(storage, positions, tables, slots, lengths, rows, visible, fresh)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_args: Any, **_options: Any) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values `[B, H_kv, S, D]`; attention finds them in the storage."""
+        layer = self.storage.layers[layer_idx]
+        kv_write(
+            key, value, layer.keys, layer.values, layer.key_scales, layer.value_scales,
+            self.slots[self.storage.layout.group_of[layer_idx]],
+        )  # fmt: skip
+        return key, value
+
+    def get_seq_length(self, _layer_idx: int = 0) -> int:
+        """Not counted: positions are given with the tokens."""
+        return 0
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
+        """Not used: this attention makes its own masks."""
+        return query_length, 0
+
+    def gathered(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first L positions `[B, H_kv, L, D]`, in the model's type."""
+        assert self.visible is not None
+        group = self.storage.layout.group_of[layer_idx]
+        layer, context = self.storage.layers[layer_idx], self.visible[group].shape[-1]
+        size = self.storage.layout.block_size
+        blocks = self.tables[group][:, : -(-context // size)].clamp(min=0).long()
+        # What nobody sees may be another sequence's, or left from one, NaN included, and 0 · NaN would let it through.
+        unseen = ~self.visible[group].any(2).unsqueeze(-1)  # [B, 1, L, 1]
+        keys = _gather(layer.keys, layer.key_scales, blocks, context).masked_fill(unseen, 0)
+        values = _gather(layer.values, layer.value_scales, blocks, context).masked_fill(unseen, 0)
+        return keys.to(self.storage.layout.dtype), values.to(self.storage.layout.dtype)
+
+
+def _visible(positions: Tensor, context: int, window: int, sinks: int, tree: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`[B, 1, S, L]`: what each new token sees. Padding sees the first position, so that no row is empty."""
+    at = (positions if tree is None else tree[1])[:, :, None]  # [B, S, 1]
+    key = torch.arange(context, device=positions.device)
+    seen = key <= at if tree is None else (key < positions[:, :1, None]).expand(*positions.shape, context)
+    if window:
+        seen = seen & ((key > at - window) | (key < sinks))
+    if tree is not None:
+        seen = seen.scatter(2, positions.unsqueeze(1).expand(tree[0].shape), tree[0])
+    return (seen | ((at < 0) & (key == 0))).unsqueeze(1)
+
+
+def _gather(cache: Tensor, scale: Tensor | None, blocks: Tensor, context: int) -> Tensor:
+    """`[blocks, H, size, D]` at `blocks [B, m]` as `[B, H, L, D]`; float32 where it was rounded to 8 bits."""
+    if scale is None:
+        found = cache[blocks]
+    else:
+        found = cache.view(torch.uint8)[blocks].view(cache.dtype).float() * scale[blocks].unsqueeze(-1)
+    return found.transpose(1, 2).flatten(2, 3)[:, :, :context]
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,
+    kv_cache: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface, over the `View` that was passed to the model as `kv_cache` as well."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    layer_idx: int = module.layer_idx  # type: ignore[assignment]
+    if kv_cache is None:
+        raise UsageError(f"{NAME}: layer {layer_idx} was given no kv_cache. Run the model through a PagedRunner.")
+    if isinstance(kv_cache, ProbeCache):
+        kv_cache.attended.add(layer_idx)
+        kv_cache.variants |= {name for name in VARIANTS if options.pop(name, None) is not None}
+        return sdpa_attention_forward(module, query, key, value, None, **options)  # type: ignore[no-any-return]
+    if kv_cache.visible is None:
+        return _in_place(query, kv_cache, layer_idx, options.get("scaling")), None
+    group = kv_cache.storage.layout.group_of[layer_idx]
+    whole = kv_cache.fresh and not kv_cache.storage.layout.windows[group] and kv_cache.storage.layout.kind is None
+    if whole:  # nothing but the tokens themselves is seen, and nothing is rounded
+        return sdpa_attention_forward(module, query, key, value, None, **options)  # type: ignore[no-any-return]
+    keys, values = kv_cache.gathered(layer_idx)
+    return sdpa_attention_forward(module, query, keys, values, kv_cache.visible[group], **options)  # type: ignore[no-any-return]
+
+
+def _in_place(query: Tensor, view: View, layer_idx: int, scaling: float | None) -> Tensor:
+    """Attention of `query [B, H, S, D]`, each token a row of its own; `[B, S, H, D]`."""
+    batch, heads, tokens, head_dim = query.shape
+    layout, layer = view.storage.layout, view.storage.layers[layer_idx]
+    group = layout.group_of[layer_idx]
+    scale = head_dim**-0.5 if scaling is None else float(scaling)
+    out = paged_attention(
+        query.transpose(1, 2).reshape(batch * tokens, heads, head_dim), layer.keys, layer.values, layer.key_scales,
+        layer.value_scales, view.row_tables[group], view.lengths, scale, layout.windows[group], layout.sinks,
+    )  # fmt: skip
+    return out.view(batch, tokens, heads, head_dim)  # type: ignore[no-any-return]
+
+
+def register() -> str:
+    """Make the attention known to transformers, once; returns its name. It makes its own masks: none is registered."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    return NAME

@@ -1,0 +1,129 @@
+"""The sequences that share a paged cache: which blocks each holds, over all groups of layers.
+
+A `BlockPool` does the bookkeeping of one group; this keeps the groups in step, copies the blocks that a pool asks to
+have copied before they are written, gives back what has left a window, and keeps the tables that kernels read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+import torch
+
+from optimizer.backends.block_pool import BlockPool, PagedSequence
+from optimizer.backends.kv_layout import KeyValueLayout
+from optimizer.backends.paged_cache import Storage
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One row of tokens in the cache. `length` of them are written; `cached` were there when it was opened."""
+
+    handles: list[PagedSequence]
+    cached: int = 0
+    version: int = field(default=0)
+    """Changes whenever a table does."""
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are written."""
+        return self.handles[0].length
+
+    def table(self, group: int) -> list[int]:
+        """The block of every `block_size` positions; -1 where it left the window."""
+        return self.handles[group].table
+
+
+class SequenceCache:
+    """A paged cache of `tokens` tokens (of those layers that keep all of them) and the sequences in it.
+
+    Layers with a window get room for as many sequences as the others would hold of `context` tokens each, plus what a
+    prompt's `chunk` writes before anything leaves the window.
+    """
+
+    def __init__(
+        self,
+        layout: KeyValueLayout,
+        tokens: int,
+        context: int,
+        device: torch.device,
+        *,
+        chunk: int = 512,
+        share_prefixes: bool = True,
+    ) -> None:
+        self.layout = layout
+        rows = max(1, tokens // context)
+        size = layout.block_size
+        blocks = tuple(
+            -(-tokens // size)
+            if not window
+            else min(-(-tokens // size), rows * (layout.blocks_for(context, group) + -(-chunk // size)))
+            for group, window in enumerate(layout.windows)
+        )
+        self.storage = Storage(layout, blocks, device)
+        self.pools = [BlockPool(count, size, share_prefixes=share_prefixes) for count in blocks]
+
+    def open(self, tokens: Tokens[int], *, share: bool = True) -> Sequence:
+        """A sequence that begins with what is cached of `tokens`, if anything; never all of them."""
+        handles = [pool.open(tokens if share else ()) for pool in self.pools]
+        cached = min(handle.cached for handle in handles)
+        sequence = Sequence(handles, cached)
+        for pool, handle in zip(self.pools, handles, strict=True):
+            pool.truncate(handle, cached)
+        return sequence
+
+    def reserve(self, sequence: Sequence, length: int) -> None:
+        """Make room for `length` tokens. Raises `OutOfBlocks` where there is none: what is written stays."""
+        for group, (pool, handle) in enumerate(zip(self.pools, sequence.handles, strict=True)):
+            held = len(handle.table)
+            copies = pool.reserve(handle, length)
+            for source, target in copies:
+                self.storage.copy_block(group, source, target)
+            if copies or len(handle.table) != held:
+                sequence.version += 1
+
+    def commit(self, sequence: Sequence, tokens: Tokens[int]) -> None:
+        """Record that these further tokens are written; what they push out of a window is given back."""
+        for group, (pool, handle) in enumerate(zip(self.pools, sequence.handles, strict=True)):
+            pool.commit(handle, tokens)
+            if window := self.layout.windows[group]:
+                keep = -(-self.layout.sinks // self.layout.block_size)
+                sequence.version += pool.release_before(handle, handle.length - window + 1, keep=keep)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Forget the tokens beyond `length`, and the room that was reserved beyond it."""
+        for pool, handle in zip(self.pools, sequence.handles, strict=True):
+            pool.truncate(handle, length)
+        sequence.version += 1
+
+    def close(self, sequence: Sequence) -> None:
+        """Give back all blocks; full ones stay to be found by later prompts until the room is needed."""
+        for pool, handle in zip(self.pools, sequence.handles, strict=True):
+            pool.close(handle)
+
+    def room(self) -> int:
+        """Tokens that could be reserved now."""
+        return min(pool.available for pool in self.pools) * self.layout.block_size
+
+    def can_reserve(self, sequence: Sequence, length: int) -> bool:
+        """Whether `reserve` would find the room, give or take a block that is shared."""
+        size = self.layout.block_size
+        return all(
+            -(-length // size) - len(handle.table) < pool.available
+            for pool, handle in zip(self.pools, sequence.handles, strict=True)
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest sequence that fits an empty cache."""
+        full = [pool.blocks for pool, window in zip(self.pools, self.layout.windows, strict=True) if not window]
+        return min(full) * self.layout.block_size if full else 2**31
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the blocks that open sequences hold."""
+        return sum(
+            pool.used * self.layout.block_size * self.layout.bytes_per_token(group)
+            for group, pool in enumerate(self.pools)
+        )
