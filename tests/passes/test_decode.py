@@ -11,14 +11,16 @@ from optimizer.backends.compiled import CompiledRunner
 from optimizer.backends.kernels.build import CpuKernels, cpu_kernels
 from optimizer.backends.kernels.dynamic_int8_linear import input_format
 from optimizer.backends.linear import DenseLinear, QuantizedLinear, layer_kernel, linear_layers, stored_scheme
+from optimizer.backends.paged_runner import PagedRunner
 from optimizer.backends.runner import EagerRunner
-from optimizer.errors import RecipeError
+from optimizer.errors import ModelError, RecipeError
 from optimizer.passes.base import Context, PassReport
 from optimizer.passes.decode import Decode
 from optimizer.passes.merge_linears import MergeLinears
 from optimizer.passes.quantize import Quantize
 from optimizer.quant.activations import quantize_activation
 from tests.backends.decoder_models import llama, prompts
+from tests.passes.small_architectures import ARCHITECTURES
 
 
 @pytest.mark.parametrize(("option", "expected"), [(None, 1024), (200, 200), (1024, 1024)])
@@ -121,3 +123,41 @@ def test_int8_inputs_that_serve_no_layer_say_why(monkeypatch: pytest.MonkeyPatch
     assert served(report) == ["int8_inputs did nothing: no C++ compiler"]
     assert {skip.name for skip in report.skipped} == set(linear_layers(model)) - {"lm_head"}
     assert {skip.reason for skip in report.skipped} == {"no C++ compiler"}
+
+
+def test_a_paged_cache_is_served_where_the_model_can_and_gives_the_same_tokens() -> None:
+    tokens, mask = prompts(3, 12, ragged=True)
+    expected = EagerRunner(llama()).generate(tokens, mask, max_new_tokens=60)
+    model, ctx = llama(), Context()
+    work = Decode(cache="paged", block_size=8, chunk=16, compile=False)
+    work.check(model, ctx)
+    report = work.run(model, ctx)
+    runner = ctx.make_runner(model, None)
+    assert isinstance(runner, PagedRunner)
+    assert torch.equal(runner.generate(tokens, mask, max_new_tokens=60), expected)
+    assert report.notes == ("attention reads blocks: float32, 512 bytes a token, all tokens seen",)
+
+
+def test_a_model_that_cannot_be_paged_stays_static_and_the_report_says_why() -> None:
+    model, ctx = ARCHITECTURES["gemma2"](), Context()
+    report = Decode(cache="paged", compile=False).run(model, ctx)
+    assert isinstance(ctx.make_runner(model, None), CompiledRunner)
+    assert [(skip.name, "softcap" in skip.reason) for skip in report.skipped] == [("cache", True)]
+    with pytest.raises(ModelError, match="softcap"):  # an 8-bit cache was asked for: static would not be one
+        Decode(cache="paged", kv="int8", compile=False).run(ARCHITECTURES["gemma2"](), Context())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": "ring"}, "'ring'. Use static or paged"),
+        ({"kv": "int8"}, "Add `cache: paged`"),
+        ({"window": 64}, "Add `cache: paged`"),
+        ({"cache": "paged", "kv": "int4"}, "int4"),
+        ({"cache": "paged", "sinks": 4}, "beside a window"),
+        ({"cache": "paged", "block_size": 0}, "block_size 0"),
+    ],
+)
+def test_cache_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Decode(**options).check(llama(), Context())
