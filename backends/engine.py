@@ -31,7 +31,7 @@ from optimizer.backends.paged_step import Step
 from optimizer.backends.sampling import Sampling
 from optimizer.backends.schedule import Limits, Running, Waiting, plan
 from optimizer.backends.sequences import Sequence
-from optimizer.backends.speculation import Speculation, accept_greedy
+from optimizer.backends.speculation import Accepted, Speculation, accept_greedy
 from optimizer.errors import UsageError
 
 
@@ -222,6 +222,18 @@ class Engine:
 
     def _decode(self, rows: list[Request]) -> None:
         drafts = self._propose(rows)
+        if all(draft.is_chain for draft in drafts):
+            tokens = self._step_chains(rows, drafts)
+        else:
+            tokens = self._step_trees(rows, drafts)
+        for request, draft, found in zip(rows, drafts, tokens, strict=False):
+            accepted = accept_greedy(draft, torch.tensor(found[: len(draft) + 1]))
+            if self.speculation is not None and self.speculation.policy is not None:
+                self.speculation.policy.observe(draft, accepted)
+            self._advance(request, draft, accepted)
+
+    def _step_chains(self, rows: list[Request], drafts: list[Draft]) -> list[list[int]]:
+        """The token chosen after the last one of each row and after each guess, by the compiled step."""
         width = 1 + max((len(draft) for draft in drafts), default=0)
         sampled = any(request.sampling.temperature > 0 for request in rows)
         step = self.runner.step(len(rows), width, sampled=sampled)
@@ -234,15 +246,19 @@ class Engine:
         step.reserve([1 + len(draft) for draft in drafts])
         self._step, self._bound = (step, list(rows)) if width == 1 else (None, [])
         _, chosen = step()
-        tokens = chosen.tolist()
-        for request, draft, found in zip(rows, drafts, tokens, strict=False):
-            accepted = accept_greedy(draft, torch.tensor(found[: len(draft) + 1]))
-            if self.speculation is not None and self.speculation.policy is not None:
-                self.speculation.policy.observe(draft, accepted)
-            self._advance(request, accepted.tokens(draft))
+        return chosen.tolist()  # type: ignore[no-any-return]
+
+    def _step_trees(self, rows: list[Request], drafts: list[Draft]) -> list[list[int]]:
+        self._step, self._bound = None, []
+        sequences = [request._row for request in rows if request._row is not None]
+        chosen = self.runner.verify_trees(
+            sequences, [request.tokens[-1] for request in rows], drafts,
+            [request.sampling for request in rows], [request.seed for request in rows],
+        )  # fmt: skip
+        return chosen.tolist()  # type: ignore[no-any-return]
 
     def _propose(self, rows: list[Request]) -> list[Draft]:
-        """A chain of guesses for each row, as long as the policy says; no longer than what the request still wants."""
+        """Guesses for each row, as many as the policy says; no more than what the request still wants."""
         limit = 0
         if self.speculation is not None:
             limit, policy = self.speculation.drafts, self.speculation.policy
@@ -255,15 +271,19 @@ class Engine:
             if most > 0 and request._drafter is not None and request._row is not None:
                 guess = request._drafter.propose(request.known, most)
                 with_room = self.runner.cache.can_reserve(request._row, request._row.length + 1 + len(guess))
-                guess = guess if with_room and guess.is_chain else Draft()
+                guess = guess if with_room else Draft()
             drafts.append(guess)
         return drafts
 
-    def _advance(self, request: Request, new: list[int]) -> None:
+    def _advance(self, request: Request, draft: Draft, accepted: Accepted) -> None:
         """Take over the tokens of a step: the keys and values of all but the last are written."""
-        assert request._row is not None
-        taken = self._until_end(request, new)
-        self.runner.cache.commit(request._row, [request.tokens[-1], *taken[:-1]])
+        row = request._row
+        assert row is not None
+        taken = self._until_end(request, accepted.tokens(draft))
+        self.runner.cache.commit(row, [request.tokens[-1]])
+        # Guesses lie in the order of the draft, one place behind what was committed before the root was.
+        self.runner.cache.keep(row, [row.length + node for node in accepted.path[: len(taken) - 1]])
+        self.runner.cache.commit(row, taken[:-1])
         self._take(request, taken)
 
     def _until_end(self, request: Request, new: list[int]) -> list[int]:

@@ -16,11 +16,12 @@ read as it was rounded in either case, so the size of a chunk changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimizer.backends.kernels.kv_write import kv_write
 from optimizer.backends.kernels.paged_attention import paged_attention
@@ -71,6 +72,18 @@ class Storage:
             if at == group:
                 for tensor in layer.tensors:
                     tensor[target].copy_(tensor[source])
+
+    def move(self, group: int, table: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy positions of one row to others, in every layer of a group; all are read before any is written."""
+        size, blocks = self.layout.block_size, torch.tensor(table)
+        (read_block, read), (write_block, write) = (
+            (blocks[at // size], at % size) for at in map(torch.tensor, (sources, targets))
+        )
+        for layer, in_group in zip(self.layers, self.layout.group_of, strict=True):
+            if in_group == group:
+                for tensor in layer.tensors:
+                    raw = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+                    raw[write_block, :, write] = raw[read_block, :, read]
 
     @property
     def bytes(self) -> int:
@@ -162,7 +175,9 @@ def _visible(positions: Tensor, context: int, window: int, sinks: int, tree: tup
     if window:
         seen = seen & ((key > at - window) | (key < sinks))
     if tree is not None:
-        seen = seen.scatter(2, positions.unsqueeze(1).expand(tree[0].shape), tree[0])
+        column = torch.where(positions < 0, context, positions)  # of padding: one more, cut off again
+        seen = nn.functional.pad(seen, (0, 1)).scatter(2, column.unsqueeze(1).expand(tree[0].shape), tree[0])
+        seen = seen[..., :context]
     return (seen | ((at < 0) & (key == 0))).unsqueeze(1)
 
 
@@ -176,7 +191,7 @@ def _gather(cache: Tensor, scale: Tensor | None, blocks: Tensor, context: int) -
 
 
 def attention_forward(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.backends.compiled import bucket
+from optimizer.backends.drafting import Draft
 from optimizer.backends.kernels.sampling import sample_tokens
 from optimizer.backends.kv_layout import KeyValueLayout, probe, windowed
 from optimizer.backends.paged_cache import View, register
@@ -227,6 +228,35 @@ class PagedRunner(StepRunner):
         )
         return self._forward(ids.to(self.device), view, keep)
 
+    def verify_trees(
+        self, rows: Rows[Sequence], roots: Rows[int], drafts: Rows[Draft], samplings: Rows[Sampling], seeds: Rows[int]
+    ) -> Tensor:
+        """Run each row's last token and its draft, a tree; the token chosen after the root and each node `[B, S]`.
+
+        Not compiled: masks over whole contexts are of another shape in every step. Raises `OutOfBlocks`.
+        """
+        width = 1 + max(map(len, drafts))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        places = torch.full((len(rows), width), -1)
+        positions = torch.full((len(rows), width), -1)
+        seen = torch.zeros(len(rows), width, width, dtype=torch.bool)
+        for i, (row, root, draft) in enumerate(zip(rows, roots, drafts, strict=True)):
+            count = 1 + len(draft)
+            self.cache.reserve(row, row.length + count)
+            ids[i, :count] = torch.tensor([root, *draft.tokens])
+            places[i, :count] = torch.arange(row.length, row.length + count)
+            positions[i, :count] = row.length + torch.tensor(draft.depths)
+            seen[i, :count, :count] = draft.mask()
+        ids, places, positions, seen = (t.to(self.device) for t in (ids, places, positions, seen))
+        context = int(places.max()) + 1
+        view = View.of(self.cache.storage, places, self._tables(rows), context=context, tree=(seen, positions))
+        logits = self._forward(ids, view, 0, positions)
+        chosen = [
+            self.choose(logits[i], sampling, seed, positions[i])
+            for i, (sampling, seed) in enumerate(zip(samplings, seeds, strict=True))
+        ]
+        return torch.stack(chosen)
+
     def _forward(self, ids: Tensor, view: View, keep: int, positions: Tensor | None = None) -> Tensor:
         """The model's own forward, not compiled; float32 logits of the last `keep` tokens, of all for 0."""
         self.ledger.steps["prefill chunk"] += 1
@@ -258,8 +288,8 @@ class PagedRunner(StepRunner):
             self._steps[key] = Step(self, *key)
         return self._steps[key]
 
-    def choose(self, logits: Tensor, sampling: Sampling, seed: int, position: int) -> Tensor:
-        """The token after `position` for `logits [B, V]`, as a step would draw it; `[B]`."""
+    def choose(self, logits: Tensor, sampling: Sampling, seed: int, position: int | Tensor) -> Tensor:
+        """The token after `position` (or `[B]` of them) for `logits [B, V]`, as a step would draw it; `[B]`."""
         if sampling.temperature == 0:
             return logits.argmax(-1)
         rows = logits.shape[0]
@@ -268,7 +298,7 @@ class PagedRunner(StepRunner):
             torch.full((rows,), sampling.top_k or 0, dtype=torch.int32, device=self.device),
             torch.full((rows,), 1.0 if sampling.top_p is None else sampling.top_p, device=self.device),
         )
-        place = torch.full((rows,), position, device=self.device)
+        place = torch.as_tensor(position, device=self.device).expand(rows)
         return sample_tokens(logits, *parameters, uniform(torch.full_like(place, seed), place))  # type: ignore[no-any-return]
 
     @property

@@ -91,6 +91,13 @@ class SequenceCache:
                 keep = -(-self.layout.sinks // self.layout.block_size)
                 sequence.version += pool.release_before(handle, handle.length - window + 1, keep=keep)
 
+    def keep(self, sequence: Sequence, places: Tokens[int]) -> None:
+        """Move what was written at these positions behind the committed tokens, one after the other."""
+        targets = list(range(sequence.length, sequence.length + len(places)))
+        if targets != list(places):
+            for group in range(len(self.pools)):
+                self.storage.move(group, sequence.table(group), places, targets)
+
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Forget the tokens beyond `length`, and the room that was reserved beyond it."""
         for pool, handle in zip(self.pools, sequence.handles, strict=True):

@@ -1,9 +1,10 @@
 """Guess several tokens a step and verify them together: the same tokens, in fewer steps where guesses are good.
 
 `drafter: lookup` guesses what followed the last tokens where they stood before (code, summaries, answers that quote);
-`early-exit` decodes with the first `exit_layer` layers of the model itself; `model` with a smaller model of the same
-tokenizer from the folder `draft_model`. How many are verified, and whether any, follows the acceptance so far and the
-measured seconds of a step; the report says what came of it.
+in several places with `branches`, which makes a tree, whose steps are not compiled. `early-exit` decodes with the first
+`exit_layer` layers of the model itself; `model` with a smaller model of the same tokenizer from the folder
+`draft_model`. How many are verified, and whether any, follows the acceptance so far and the measured seconds of a step;
+the report says what came of it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Speculate:
     drafter: str = "lookup"
     drafts: int = 4
     ngram: int = 3
+    branches: int = 1
     exit_layer: int | None = None
     draft_model: str | None = None
     max_batch: int = 8
@@ -52,8 +54,9 @@ class Speculate:
             raise RecipeError(f"speculate.drafter is {self.drafter!r}. Use one of {', '.join(DRAFTERS)}.")
         if not 1 <= self.drafts < FEW_TOKENS:
             raise RecipeError(f"speculate.drafts is {self.drafts}. Use 1 to {FEW_TOKENS - 1}.")
-        if self.ngram < 1 or self.max_batch < 1:
-            raise RecipeError(f"speculate: ngram {self.ngram} and max_batch {self.max_batch} must be at least 1.")
+        for name in ("ngram", "branches", "max_batch"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"speculate.{name} is {getattr(self, name)}. Use at least 1.")
         if (self.drafter == "model") != (self.draft_model is not None):
             raise RecipeError("speculate: draft_model names the folder of `drafter: model`, and goes with it alone.")
         if (self.drafter == "early-exit") != (self.exit_layer is not None):
@@ -89,7 +92,7 @@ def _speculating(
 def _drafter(runner: PagedRunner, settings: Speculate) -> tuple[Callable[[], Proposer], float]:
     """What makes a proposer for each request, and the seconds that one of its guesses takes."""
     if settings.drafter == "lookup":
-        return partial(PromptLookup, settings.ngram), 0.0
+        return partial(PromptLookup, settings.ngram, 1, settings.branches), 0.0
     if settings.exit_layer is not None:
         small = early_exit(view(runner.model), settings.exit_layer)
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from tests.backends.decoder_models import VOCAB, llama, mistral
 
 MODEL = llama()
 DRAWN = Sampling(0.9, 30, 0.95)
+TREES = partial(PromptLookup, 3, 1, 3)
 
 
 def runner(model: Any = MODEL, **options: Any) -> PagedRunner:
@@ -66,9 +69,9 @@ def test_one_request_gets_what_transformers_generates() -> None:
 
 @pytest.mark.parametrize("sampling", [None, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("cache_tokens", [None, 160], ids=["room", "tight"])
-@pytest.mark.parametrize("drafter", [None, PromptLookup], ids=["plain", "lookup"])
+@pytest.mark.parametrize("drafter", [None, PromptLookup, TREES], ids=["plain", "lookup", "trees"])
 def test_requests_beside_others_get_their_own_tokens(
-    sampling: Sampling | None, cache_tokens: int | None, drafter: type[PromptLookup] | None
+    sampling: Sampling | None, cache_tokens: int | None, drafter: Callable[[], PromptLookup] | None
 ) -> None:
     prompts = some_prompts(9)
     engine = Engine(runner(cache_tokens=cache_tokens), Limits(4, 16), speculation=drafter and Speculation(drafter))
@@ -111,6 +114,28 @@ class Wrong:
     def propose(self, history: Any, limit: int) -> Draft:
         right = alone(list(history), 1)[0]
         return Draft.chain([(right + 1) % VOCAB] * limit)
+
+
+class Branching:
+    """Knows the tokens that the model would make, and hides them among wrong ones."""
+
+    def propose(self, history: Any, limit: int) -> Draft:
+        right = alone(list(history), min(limit, 3))
+        wrong = [(token + 1) % VOCAB for token in right]
+        return Draft.tree([[wrong[0]], [*right[:1], *wrong[1:]], right], limit)
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+def test_the_right_branch_of_a_tree_stands_and_its_keys_are_kept(kv: str | None) -> None:
+    # The tree holds wrong nodes before right ones, so that what is kept must be moved.
+    prompt = some_prompts(1)[0]
+    engine = Engine(runner(kv=kv), speculation=Speculation(Branching, 8))
+    request = engine.submit(prompt, max_new_tokens=40)
+    plain = Engine(runner(kv=kv))
+    expected = plain.submit(prompt, max_new_tokens=40)
+    assert finish(engine, [request]) == finish(plain, [expected])
+    if kv is None:
+        assert engine.stats.steps <= 1 + -(-39 // 4) + 1
 
 
 def test_speculation_turns_itself_off_and_says_why() -> None:
