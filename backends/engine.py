@@ -246,7 +246,7 @@ class Engine:
         step.reserve([1 + len(draft) for draft in drafts])
         self._step, self._bound = (step, list(rows)) if width == 1 else (None, [])
         _, chosen = step()
-        return chosen.tolist()  # type: ignore[no-any-return]
+        return chosen.tolist()
 
     def _step_trees(self, rows: list[Request], drafts: list[Draft]) -> list[list[int]]:
         self._step, self._bound = None, []
@@ -255,7 +255,7 @@ class Engine:
             sequences, [request.tokens[-1] for request in rows], drafts,
             [request.sampling for request in rows], [request.seed for request in rows],
         )  # fmt: skip
-        return chosen.tolist()  # type: ignore[no-any-return]
+        return chosen.tolist()
 
     def _propose(self, rows: list[Request]) -> list[Draft]:
         """Guesses for each row, as many as the policy says; no more than what the request still wants."""

@@ -172,6 +172,11 @@ class BaseRunner(ABC):
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values a token keeps, over all layers."""
+        return self.original_kv_bytes_per_token
+
+    @property
+    def original_kv_bytes_per_token(self) -> int:
+        """The same in the type of activations, as the model itself would keep them."""
         config = self.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

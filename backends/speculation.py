@@ -353,3 +353,14 @@ class Speculation:
     drafter: Callable[[], Proposer]
     drafts: int = 4
     policy: SpeculationPolicy | None = None
+
+    @property
+    def summary(self) -> str:
+        """What it did so far, for the report."""
+        if self.policy is None:
+            return f"up to {self.drafts} guesses in every step"
+        stats = self.policy.stats
+        done = f"{stats.tokens_per_step:.2f} tokens a step and row, {stats.acceptance:.0%} of tested guesses stood"
+        if not stats.steps:
+            done = "no step yet"
+        return f"{done}; off at the end: {stats.off_reason}" if stats.off_reason else done

@@ -213,11 +213,11 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time generation: TTFT, TPOT and throughput, interleaved when two models are given."""
+    from dataclasses import asdict
+
     from optimizer.display import progress_for
 
     with _errors_to_exit(as_json):
-        from dataclasses import asdict
-
         from optimizer.evals.timing import Workload, measure_generation, ratio
 
         progress = progress_for(quiet)
@@ -257,6 +257,52 @@ def bench(
             typer.echo(
                 f"decode: {names[1]} is {speedup.median:.2f}× {names[0]} [{speedup.low:.2f}, {speedup.high:.2f}]"
             )
+
+
+@app.command()
+def serve(
+    model: Model = "reference",
+    workload: Annotated[str, typer.Option(help="chat, generation, summarization or reasoning.")] = "chat",
+    requests: Annotated[int, typer.Option(min=1)] = 40,
+    rate: Annotated[float | None, typer.Option(help="Requests a second; without it, --clients take turns.")] = None,
+    burst: Annotated[int, typer.Option(min=1, help="Requests that come together, at --rate.")] = 1,
+    clients: Annotated[int, typer.Option(min=1)] = 4,
+    max_batch: Annotated[int, typer.Option(min=1)] = 8,
+    ttft_ms: Annotated[float, typer.Option(help="The objective for the first token.")] = 1000.0,
+    tpot_ms: Annotated[float, typer.Option(help="The objective for each later one, on average.")] = 50.0,
+    kv: Annotated[str | None, typer.Option(help="Round keys and values: int8 or fp8.")] = None,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Replay requests that come and go on this machine: latencies, throughput, and goodput under an objective.
+
+    It opens no port: to serve over a network, load the artifact in vLLM, SGLang or TensorRT-LLM.
+    """
+    from optimizer.display import progress_for
+
+    with _errors_to_exit(as_json):
+        from dataclasses import asdict
+
+        from optimizer.recipe import serving_spec
+        from optimizer.serving import describe, paged, serve
+
+        spec = serving_spec(
+            preset=workload, requests=requests, rate=rate, burst=burst, concurrency=clients, max_batch=max_batch,
+            ttft_ms=ttft_ms, tpot_ms=tpot_ms,
+        )  # fmt: skip
+        progress = progress_for(quiet)
+        with progress:
+            with progress.phase("load"):
+                runner = paged(_runner(model, device, trust_remote_code), kv)
+            with progress.phase("serving"):
+                report, shape = serve(runner, spec, progress=progress.update)
+        if as_json:
+            _echo_json({"workload": str(shape), "ledger": dict(runner.ledger.steps), **asdict(report)})
+            return
+        for line in describe(report, shape):
+            typer.echo(line)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from optimizer.evals.ceilings import Ceilings, measure_ceilings
 from optimizer.evals.gate import Floor, Measurement, Verdict, judge
 from optimizer.evals.quality import MetricComparison, QualityResult, compare, evaluate, evidence
 from optimizer.evals.roofline import StepCost
+from optimizer.evals.serving_report import ServingReport
 from optimizer.evals.timing import (
     GenerationTiming,
     Ratio,
@@ -33,12 +34,15 @@ from optimizer.evals.timing import (
     ratio,
     time_interleaved,
 )
+from optimizer.evals.workloads import RequestSpec
 from optimizer.passes.base import Context, Pass, PassReport, transaction, view
 from optimizer.passes.blocks import in_float32
 from optimizer.passes.calibration import Calibration
+from optimizer.passes.decode import Decode
 from optimizer.passes.quantize import Quantize
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
+from optimizer.serving import serve, serving_evidence
 from optimizer.source import Source
 
 WINDOW = 512
@@ -95,6 +99,7 @@ class Outcome:
     weight_bytes: int
     non_finite: int
     costs: dict[str, float]
+    served: tuple[ServingReport, RequestSpec] | None = None
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -136,6 +141,8 @@ def run(
     )  # fmt: skip
     passes = recipe.build_passes()
     _check_workload(baseline, workload)
+    if recipe.serving is not None and not any(isinstance(p, Decode) and p.cache == "paged" for p in passes):
+        raise UsageError("serving: requests that come and go need the pass `decode` with `cache: paged`. Add it.")
     # A second pass of a kind may rest on what the first did, so it is checked when its turn comes.
     for step in {step.name: step for step in reversed(passes)}.values():
         step.check(model, context)
@@ -160,10 +167,15 @@ def run(
         speed = measure_speed(baseline, runner, workload, ceilings, recipe, progress)
     sizes = weight_bytes(model), weight_bytes(optimized)
     found = {**evidence(comparisons), **_speed_evidence(speed), **_size_evidence(*sizes)}
+    served = None
+    if recipe.serving is not None:
+        with progress.phase("serving"):
+            served = serve(runner, recipe.serving, seed=recipe.seed, progress=progress.update)
+        found |= serving_evidence(served[0])
     floors = [Floor(f.metric, f.at_least, f.at_most, f.bound) for f in recipe.floors]
     outcome = Outcome(
         recipe, source, runner, tuple(zip(passes, reports, strict=True)), tuple(comparisons), speed, ceilings, found,
-        judge(floors, found), *sizes, after.non_finite, dict(progress.seconds),
+        judge(floors, found), *sizes, after.non_finite, dict(progress.seconds), served,
     )  # fmt: skip
     if inplace:
         vars(model).update(vars(optimized))  # modules, and what a pass changed in the configuration

@@ -47,6 +47,23 @@ class WorkloadSpec(_Strict):
     repeats: int = Field(default=5, ge=3, description="timed generations of each variant")
 
 
+class ServingSpec(_Strict):
+    """Requests that come and go, served by an engine with continuous batching, and the objective they are held to.
+
+    `preset` says how long prompts and outputs are. They arrive at `rate` a second (at random, or `burst` at a time);
+    without one, `concurrency` clients each send a request when their last one ended.
+    """
+
+    preset: Literal["chat", "generation", "summarization", "reasoning"] = "chat"
+    requests: int = Field(default=40, ge=1)
+    rate: float | None = Field(default=None, gt=0)
+    burst: int = Field(default=1, ge=1)
+    concurrency: int = Field(default=4, ge=1)
+    max_batch: int = Field(default=8, ge=1, le=256)
+    ttft_ms: float = Field(default=1000.0, gt=0)
+    tpot_ms: float = Field(default=50.0, gt=0)
+
+
 class EvaluationSpec(_Strict):
     """lm-eval tasks by name, each with how many items to use (null: all)."""
 
@@ -88,6 +105,7 @@ class Recipe(_Strict):
     name: str
     description: str = ""
     workload: WorkloadSpec = WorkloadSpec()
+    serving: ServingSpec | None = None
     evaluation: EvaluationSpec
     calibration: CalibrationSpec = CalibrationSpec()
     layout: str = "compressed-tensors"
@@ -184,6 +202,14 @@ def builtin() -> dict[str, Path]:
     folder = Path(str(resources.files("optimizer.recipes")))
     found = sorted(folder.glob("*.yaml"), key=lambda path: (path.stem != "default", path.stem))
     return {path.stem: path for path in found}
+
+
+def serving_spec(**options: Any) -> ServingSpec:
+    """A `ServingSpec`; a value that it cannot have is a `RecipeError`."""
+    try:
+        return ServingSpec(**options)
+    except ValidationError as error:
+        raise RecipeError("serving: " + "; ".join(_explain(item) for item in error.errors())) from None
 
 
 def _explain(item: Any) -> str:

@@ -228,6 +228,30 @@ class RooflinePoint(_Entry):
     attainable_flops: float
 
 
+class Latency(_Entry):
+    """Percentiles in seconds of one latency of the served requests; None where they were too few to tell."""
+
+    name: str
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+class Serving(_Entry):
+    """What the clients of requests that came and went saw, and the share of them whose TTFT and TPOT met the SLO."""
+
+    workload: str
+    requests: Count
+    ttft_slo_seconds: float
+    tpot_slo_seconds: float
+    met_share: float
+    met_share_low: float
+    met_share_high: float
+    tokens_per_second: float
+    goodput_tokens_per_second: float
+    latencies: list[Latency]
+
+
 class Ledger(_Entry):
     """How many steps ran compiled, eager and replayed, and the number of layers that each kernel served."""
 
@@ -235,6 +259,7 @@ class Ledger(_Entry):
     eager: Count = 0
     replayed: Count = 0
     kernels: dict[str, Count] = {}
+    notes: dict[str, str] = {}
 
 
 class FloorEntry(_Entry):
@@ -301,6 +326,7 @@ class Report(_Entry):
     speed: list[SpeedCell] = []
     memory: Memory
     roofline: list[RooflinePoint] = []
+    serving: Serving | None = None
     ledger: Ledger = Ledger()
     floors: list[FloorEntry] = []
     costs: list[Cost] = []

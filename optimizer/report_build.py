@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -12,8 +13,10 @@ from typing import Any
 from optimizer import __version__
 from optimizer.artifact import installed_versions
 from optimizer.backends.linear import layer_kernel, linear_layers, stored_scheme, stored_weight
+from optimizer.backends.paged_runner import PagedRunner
 from optimizer.evals.gate import Floor, FloorVerdict
 from optimizer.evals.quality import MetricComparison
+from optimizer.evals.statistics import Interval
 from optimizer.evals.timing import GenerationTiming
 from optimizer.evals.timing import Ratio as TimingRatio
 from optimizer.passes.base import Pass, PassReport
@@ -25,6 +28,7 @@ from optimizer.report import (
     Cost,
     FloorEntry,
     GenerationStats,
+    Latency,
     LayerEntry,
     Ledger,
     Machine,
@@ -36,9 +40,11 @@ from optimizer.report import (
     Ratio,
     Report,
     RooflinePoint,
+    Serving,
     Skipped,
     SpeedCell,
 )
+from optimizer.serving import latencies, len_of
 
 
 def build_report(outcome: Outcome) -> Report:
@@ -71,11 +77,12 @@ def build_report(outcome: Outcome) -> Report:
         memory=Memory(
             weights_bytes_before=outcome.baseline_weight_bytes,
             weights_bytes_after=outcome.weight_bytes,
-            kv_bytes_per_token_before=outcome.runner.kv_bytes_per_token,
+            kv_bytes_per_token_before=outcome.runner.original_kv_bytes_per_token,
             kv_bytes_per_token_after=outcome.runner.kv_bytes_per_token,
             peak_rss_bytes=peak_rss_bytes(),
         ),
         roofline=_points(speed),
+        serving=_serving(outcome),
         ledger=_ledger(outcome),
         floors=[_floor(item) for item in verdict.floors],
         costs=[Cost(phase=name, seconds=seconds) for name, seconds in outcome.costs.items()],
@@ -231,7 +238,37 @@ def _points(speed: Speed) -> list[RooflinePoint]:
 
 def _ledger(outcome: Outcome) -> Ledger:
     steps, kernels = outcome.runner.ledger.steps, outcome.runner.ledger.kernel_counts()
-    return Ledger(compiled=steps["compiled"], eager=steps["eager"], replayed=steps["replayed"], kernels=kernels)
+    runner, notes = outcome.runner, dict(outcome.runner.ledger.notes)
+    if isinstance(runner, PagedRunner) and runner.speculation is not None:
+        notes["speculation"] = runner.speculation.summary
+    return Ledger(
+        compiled=steps["compiled"], eager=steps["eager"], replayed=steps["replayed"], kernels=kernels, notes=notes
+    )
+
+
+def _serving(outcome: Outcome) -> Serving | None:
+    if outcome.served is None:
+        return None
+    found, shape = outcome.served
+    return Serving(
+        workload=str(shape),
+        requests=len_of(found),
+        ttft_slo_seconds=found.slo.ttft_seconds,
+        tpot_slo_seconds=found.slo.tpot_seconds,
+        met_share=found.met_share.value,
+        met_share_low=found.met_share.low,
+        met_share_high=found.met_share.high,
+        tokens_per_second=found.tokens_per_second,
+        goodput_tokens_per_second=found.goodput_tokens_per_second,
+        latencies=[
+            Latency(name=name.upper(), **{level: _finite(getattr(q, level)) for level in ("p50", "p95", "p99")})
+            for name, q in latencies(found).items()
+        ],
+    )
+
+
+def _finite(interval: Interval | None) -> float | None:
+    return interval.value if interval is not None and math.isfinite(interval.value) else None
 
 
 def _floor(item: FloorVerdict) -> FloorEntry:
@@ -263,8 +300,9 @@ def _warnings(outcome: Outcome) -> list[str]:
     found = []
     if outcome.runner.device.type == "cpu" and not cpu_kernels().loaded:
         found.append(f"The compiled CPU kernels did not run, the slow references did: {cpu_kernels().reason}.")
-    if outcome.runner.device.type == "cuda":
-        found.append("Quantized layers ran on the reference kernels: this version has no CUDA kernels of its own.")
+    slow = sum(n for kernel, n in outcome.runner.ledger.kernel_counts().items() if kernel.endswith("[reference]"))
+    if outcome.runner.device.type == "cuda" and slow:
+        found.append(f"{slow} layers ran on reference kernels, which are right and not fast.")
     if outcome.non_finite:
         found.append(f"{outcome.non_finite} log-likelihoods of the optimized model were NaN or infinite: it is broken.")
     if outcome.runner.ledger.steps["eager"]:
