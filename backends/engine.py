@@ -15,7 +15,7 @@ stands only if it is that token.
 
 from __future__ import annotations
 
-import itertools
+import secrets
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
@@ -91,7 +91,6 @@ class Engine:
         self._running: list[Request] = []
         self._step: Step | None = None
         self._bound: list[Request] = []
-        self._numbers = itertools.count()
 
     @property
     def busy(self) -> bool:
@@ -121,7 +120,7 @@ class Engine:
         ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
         request = Request(
             tokens, max_new_tokens, sampling or Sampling(), frozenset(ends),
-            next(self._numbers) if seed is None else seed, on_token,
+            secrets.randbits(62) if seed is None else seed, on_token,
         )  # fmt: skip
         if self.speculation is not None:
             request._drafter = self.speculation.drafter()
@@ -270,8 +269,10 @@ class Engine:
             guess = Draft()
             if most > 0 and request._drafter is not None and request._row is not None:
                 guess = request._drafter.propose(request.known, most)
-                with_room = self.runner.cache.can_reserve(request._row, request._row.length + 1 + len(guess))
-                guess = guess if with_room else Draft()
+                try:
+                    self.runner.cache.reserve(request._row, request._row.length + 1 + len(guess))
+                except OutOfBlocks:  # guesses are worth no request's blocks
+                    guess = Draft()
             drafts.append(guess)
         return drafts
 

@@ -145,6 +145,7 @@ class PagedRunner(StepRunner):
             if on_token is not None:
                 on_token(new)
             if len(produced) == max_new or (ends.numel() and bool(done.all())):
+                self.close()
                 return torch.cat([tokens, torch.stack(produced, 1)], 1)
             step.reserve([1] * self._batch)
             new = step()[1][: self._batch, 0].clone()
@@ -171,7 +172,7 @@ class PagedRunner(StepRunner):
         """Give the blocks of the lockstep rows back."""
         for row in self._rows:
             self.cache.close(row)
-        self._rows, self._step = [], None
+        self._rows, self._step, self._context = [], None, 0
 
     def warm_up(self, batch: int = 1, context: int = 1) -> None:
         """Compile and run the step of a bucket, so that the first request does not pay for it."""

@@ -52,8 +52,9 @@ class Step:
             torch._dynamo.mark_static_address(static)
         self.rows: list[Sequence] = []
         self._versions: list[int] = []
-        self._run, self._kind = _executable(runner, self)
-        self._graph = GraphedStep(self._run, self.buffers) if device.type == "cuda" and runner.compile else None
+        self.uncaptured, self._kind = _executable(runner, self)
+        """The compiled step itself, without a graph."""
+        self._graph = GraphedStep(self.uncaptured, self.buffers) if device.type == "cuda" and runner.compile else None
         self._ready = False
 
     @property
@@ -100,7 +101,7 @@ class Step:
         """Run it: float32 logits `[B, S, V]`, and the token chosen after each `[B, S]`."""
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            logits, chosen = self._run() if self._graph is None else self._graph()
+            logits, chosen = self.uncaptured() if self._graph is None else self._graph()
         if not self._ready:
             self.ledger.compile_seconds += time.perf_counter() - began
             self._ready = True

@@ -113,14 +113,6 @@ class SequenceCache:
         """Tokens that could be reserved now."""
         return min(pool.available for pool in self.pools) * self.layout.block_size
 
-    def can_reserve(self, sequence: Sequence, length: int) -> bool:
-        """Whether `reserve` would find the room, give or take a block that is shared."""
-        size = self.layout.block_size
-        return all(
-            -(-length // size) - len(handle.table) < pool.available
-            for pool, handle in zip(self.pools, sequence.handles, strict=True)
-        )
-
     @property
     def capacity(self) -> int:
         """Tokens of the longest sequence that fits an empty cache."""

@@ -1,6 +1,6 @@
 """Every kernel and step that a GPU claim rests on, measured beside what it replaces, in one run of a few minutes.
 
-    python -m benchmarks.gpu [--parts gemv,gemm,prefill,attention,elementwise,steps,quantizers] [--out FILE]
+    python -m benchmarks.gpu [--parts gemv,attention,blocks,steps,…] [--out FILE]
     python -m benchmarks.gpu --smoke        the same code on tiny shapes and any device, to see that it runs
 
 Kernels run from a captured graph over rotating operands of more than five times the L2 cache, so that weights are cold
@@ -22,13 +22,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import kernels, models
+from benchmarks.gpu import caches, kernels, models
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.claims import DOC, RESULT, page
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "gemv": kernels.gemv, "gemm": kernels.gemm, "prefill": kernels.prefill, "attention": kernels.attention,
-    "elementwise": kernels.elementwise, "steps": models.steps, "quantizers": models.quantizers,
+    "blocks": caches.attention, "kv_write": caches.write, "elementwise": kernels.elementwise,
+    "steps": models.steps, "contexts": models.contexts, "quantizers": models.quantizers,
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -44,7 +44,7 @@ class Bench:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 1
         return min(64, math.floor(5 * cache / nbytes) + 1) if self.shrink == 1 else 2
 
-    def seconds(self, candidates: dict[str, Sequence[Call]]) -> dict[str, float]:
+    def seconds(self, candidates: Mapping[str, Sequence[Call]]) -> dict[str, float]:
         """Median seconds of one call of each candidate, whose calls differ in their operands alone."""
         replays = {name: self._replay(calls) for name, calls in candidates.items()}
         times = time_interleaved(replays, repeats=self.repeats, warmup=2, device=self.device)

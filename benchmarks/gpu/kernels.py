@@ -145,8 +145,8 @@ def attention(bench: Bench) -> None:
         nbytes, calls = {}, {}
         for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8), ("fp8", FP8)):
             size = 2 * math.prod(shape) * dtype.itemsize
-            sets = [_cache(bench, shape, dtype) for _ in range(bench.copies(size))]
-            calls[name] = [_attend(q, cache, table, lengths, d**-0.5) for cache in sets]
+            sets = [random_cache(bench, shape, dtype) for _ in range(bench.copies(size))]
+            calls[name] = [attend(q, cache, table, lengths, d**-0.5) for cache in sets]
             nbytes[name] = size + sum(t.nbytes for t in sets[0][2:] if t is not None)
         seconds = bench.seconds(calls)
         for name, spent in seconds.items():
@@ -161,7 +161,8 @@ def attention(bench: Bench) -> None:
 Cache = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _cache(bench: Bench, shape: tuple[int, ...], dtype: torch.dtype) -> Cache:
+def random_cache(bench: Bench, shape: tuple[int, ...], dtype: torch.dtype) -> Cache:
+    """Keys and values of one shape, and with 8 bits their scales."""
     k, v = bench.random(*shape), bench.random(*shape)
     if dtype == torch.bfloat16:
         return k, v, None, None
@@ -171,7 +172,8 @@ def _cache(bench: Bench, shape: tuple[int, ...], dtype: torch.dtype) -> Cache:
     return k, v, scales[0], scales[1]
 
 
-def _attend(q: Tensor, cache: Cache, table: Tensor, lengths: Tensor, scale: float) -> Call:
+def attend(q: Tensor, cache: Cache, table: Tensor, lengths: Tensor, scale: float) -> Call:
+    """A call of the attention over such a cache."""
     k, v, k_scale, v_scale = cache
     return lambda: paged_attention(q, k, v, k_scale, v_scale, table, lengths, scale, 0, 0)
 

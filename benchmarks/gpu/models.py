@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable, Mapping
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from benchmarks.gpu.bench import Bench, Call
+from benchmarks.gpu.decoding import Decoding, fill, paged_runner
 from benchmarks.gpu.kernels import GROUP
-from optimizer.backends.linear import weight_bytes
+from optimizer.backends.paged_runner import PagedRunner
+from optimizer.evals.timing import time_interleaved
 from optimizer.passes.base import Context, view
 from optimizer.passes.calibration import Calibration
-from optimizer.passes.decode import Decode
-from optimizer.passes.merge_linears import MergeLinears
 from optimizer.passes.quantize import Quantize
+
+Name = TypeVar("Name", bound=Hashable)
+PROMPT, CONTEXT = 128, 1024
+"""Tokens before the first step, and the most that a row can have."""
 
 MODELS = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -39,41 +45,14 @@ SCHEMES: dict[str, dict[str, Any] | None] = {
 
 def _model(bench: Bench, name: str) -> Any:
     sizes = MODELS[name] if bench.shrink == 1 else TINY
-    config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=False, head_dim=None)
+    config = LlamaConfig(**sizes, max_position_embeddings=65536, tie_word_embeddings=False, head_dim=None)
     with torch.device(bench.device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def _runner(model: Any, options: dict[str, Any] | None) -> tuple[Any, int]:
-    """The runner of a scheme on a view of the model, and the bytes of weights a step reads."""
-    copy, context = view(model), Context()
-    if options is not None:
-        Quantize(**options).run(copy, context)
-    MergeLinears().run(copy, context)
-    Decode(max_context=1024).run(copy, context)
-    runner = context.make_runner(copy, None)
-    embedding = copy.get_input_embeddings().weight
-    return runner, weight_bytes(copy) - embedding.numel() * embedding.element_size()
-
-
-@torch.no_grad()
-def _step_seconds(bench: Bench, step: Call, tokens: int) -> float:
-    """Median seconds of a step over a few rounds of `tokens` steps, after a warm-up."""
-    times = []
-    for turn in range(4):
-        bench.synchronise()
-        began = time.perf_counter()
-        for _ in range(tokens):
-            step()
-        bench.synchronise()
-        if turn:
-            times.append((time.perf_counter() - began) / tokens)
-    return median(times)
-
-
-def _compiled_baseline(model: Any, device: torch.device) -> Call:
+def _compiled_baseline(model: Any, device: torch.device, tokens: int) -> Call:
     """The plain model under `torch.compile(mode="reduce-overhead")` with transformers' static cache."""
-    cache = StaticCache(config=model.config, max_cache_len=1024)
+    cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
     position = torch.zeros(1, 1, dtype=torch.long, device=device)
     token = torch.ones(1, 1, dtype=torch.long, device=device)
 
@@ -82,40 +61,94 @@ def _compiled_baseline(model: Any, device: torch.device) -> Call:
         return out.logits[:, -1].argmax(-1, keepdim=True)  # type: ignore[no-any-return]
 
     compiled = torch.compile(forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    forward(token.expand(1, 128), torch.arange(128, device=device)[None])
+    with torch.no_grad():
+        forward(token.expand(1, PROMPT), torch.arange(PROMPT, device=device)[None])
 
-    def step() -> None:
-        token.copy_(compiled(token, position))
+    def steps() -> None:
+        for _ in range(tokens):
+            token.copy_(compiled(token, position))
 
-    return step
+    return steps
 
 
 def steps(bench: Bench) -> None:
-    """Decode steps of whole models at batch 1: every scheme, Hugging Face eager and `torch.compile`."""
-    tokens = 32 if bench.shrink == 1 else 4
+    """Decode steps of whole models at batch 1: every scheme, uncaptured, eager, Hugging Face and `torch.compile`."""
     for size in ("8B", "1B") if bench.shrink == 1 else ("1B",):
         model = _model(bench, size)
-        prompt = torch.randint(0, model.config.vocab_size, (1, 128), device=bench.device)
-        measured: dict[str, float] = {}
-        for scheme, options in SCHEMES.items():
-            runner, nbytes = _runner(model, options)
-            runner.prefill(prompt)
-            token = runner.decode(prompt[:, 0]).argmax(-1)
-            measured[scheme] = _step_seconds(bench, lambda r=runner, t=token: r.decode(t), tokens)  # type: ignore[misc]
-            bench.record(f"step {size} {scheme}: ms", measured[scheme] * 1e3)
-            bench.record(f"step {size} {scheme}: share of read bandwidth", nbytes / measured[scheme] / bench.bandwidth)
-            del runner
-            bench.free()
-        if bench.device.type == "cuda":
-            compiled = _step_seconds(bench, _compiled_baseline(model, bench.device), tokens)
-            bench.record(f"step {size} bf16 / torch.compile reduce-overhead", compiled / measured["bf16"])
-        generated = _hf_seconds(model, prompt, tokens)
-        for scheme in ("bf16", "int4"):
-            bench.record(f"step {size} {scheme} / Hugging Face eager generate", generated / measured[scheme])
-        for scheme in ("int8", "fp8", "int4"):
-            bench.record(f"step {size} {scheme} / own bf16", measured["bf16"] / measured[scheme])
+        _steps(bench, size, model, 64 if bench.shrink == 1 else 4)
         del model
         bench.free()
+
+
+def _steps(bench: Bench, size: str, model: Any, tokens: int) -> None:
+    rows, nbytes = {}, {}
+    for scheme, options in SCHEMES.items():
+        runner, nbytes[scheme] = paged_runner(model, options, CONTEXT)
+        fill(runner.cache.storage)
+        rows[scheme] = Decoding(runner, PROMPT)
+        rows[scheme].turn(2)
+    own = rows["bf16"].runner
+    eager = PagedRunner(own.model, max_context=CONTEXT, compile=False, options=own.options)
+    fill(eager.cache.storage)
+    rows |= {"eager": Decoding(eager, PROMPT), "not captured": Decoding(own, PROMPT, captured=False)}
+    calls: dict[str, Call] = {name: partial(row.turn, tokens) for name, row in rows.items()}
+    if bench.device.type == "cuda":
+        calls["torch.compile"] = _compiled_baseline(model, bench.device, tokens)
+    found = _seconds(bench, calls, tokens)
+    for scheme in SCHEMES:
+        bench.record(f"step {size} {scheme}: ms", found[scheme] * 1e3)
+        bench.record(f"step {size} {scheme}: share of read bandwidth", nbytes[scheme] / found[scheme] / bench.bandwidth)
+        if rows[scheme].uncaptured:
+            print(f"step {size} {scheme}: {rows[scheme].uncaptured}", flush=True)
+    if not rows["bf16"].uncaptured:
+        bench.record(f"step {size} bf16 graph / eager step", found["eager"] / found["bf16"])
+        bench.record(f"step {size} bf16 graph / compiled step", found["not captured"] / found["bf16"])
+    if bench.device.type == "cuda":
+        bench.record(f"step {size} bf16 / torch.compile reduce-overhead", found["torch.compile"] / found["bf16"])
+        for scheme in ("bf16", "int4"):
+            bench.record(f"step {size} {scheme}: share of time idle", rows[scheme].idle_share(16))
+    prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT), device=bench.device)
+    generated = _hf_seconds(model, prompt, tokens)
+    for scheme in ("bf16", "int4"):
+        bench.record(f"step {size} {scheme} / Hugging Face eager generate", generated / found[scheme])
+    for scheme in ("int8", "fp8", "int4"):
+        bench.record(f"step {size} {scheme} / own bf16", found["bf16"] / found[scheme])
+
+
+def contexts(bench: Bench) -> None:
+    """Decode steps of an 8B model in bf16 behind a short and a long context, with keys and values in bf16 and fp8."""
+    short, long = (1024, 32768) if bench.shrink == 1 else (64, 256)
+    tokens = 64 if bench.shrink == 1 else 4
+    model = _model(bench, "8B")
+    rows: dict[tuple[str, int], Decoding] = {}
+    for kind in ("bf16", "fp8"):
+        runner, _ = paged_runner(
+            model, None, long + 1024, cache_tokens=short + long + 1024, kv=None if kind == "bf16" else kind
+        )
+        fill(runner.cache.storage)
+        rows |= {(kind, context): Decoding(runner, context) for context in (short, long)}
+        rows[kind, short].turn(2)
+    found = _seconds(bench, {key: partial(row.turn, tokens) for key, row in rows.items()}, tokens)
+    for (kind, context), spent in found.items():
+        name = f"context 8B {kind} KV, {context} tokens"
+        nbytes = rows[kind, context].runner.bytes_per_step(1, context + tokens // 2)
+        bench.record(f"{name}: tokens/s", 1 / spent)
+        bench.record(f"{name}: share of read bandwidth", nbytes / spent / bench.bandwidth)
+    for kind in ("bf16", "fp8"):
+        ratio = found[kind, short] / found[kind, long]
+        bench.record(f"context 8B {kind} KV: tokens/s at {long} / at {short} tokens", ratio)
+    bench.record(f"context 8B fp8 / bf16 KV, {long} tokens", found["bf16", long] / found["fp8", long])
+
+
+def _seconds(bench: Bench, calls: Mapping[Name, Call], tokens: int) -> dict[Name, float]:
+    """Median seconds a token of calls that make so many each, interleaved."""
+    names = {str(name): name for name in calls}
+    rounds = 5 if bench.shrink == 1 else 1
+    with torch.no_grad():
+        times = time_interleaved(
+            {text: calls[name] for text, name in names.items()}, repeats=rounds, warmup=1, device=bench.device
+        )
+    return {name: median(times[text]) / tokens for text, name in names.items()}
 
 
 @torch.no_grad()
