@@ -167,6 +167,7 @@ def run(
         speed = measure_speed(baseline, runner, workload, ceilings, recipe, progress)
     sizes = weight_bytes(model), weight_bytes(optimized)
     found = {**evidence(comparisons), **_speed_evidence(speed), **_size_evidence(*sizes)}
+    found["kv.ratio"] = Measurement(runner.kv_bytes_per_token / runner.original_kv_bytes_per_token)
     served = None
     if recipe.serving is not None:
         with progress.phase("serving"):
