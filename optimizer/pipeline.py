@@ -173,6 +173,7 @@ def run(
         with progress.phase("serving"):
             served = serve(runner, recipe.serving, seed=recipe.seed, progress=progress.update)
         found |= serving_evidence(served[0])
+    found["steps.eager"] = Measurement(float(runner.ledger.steps["eager"]))
     floors = [Floor(f.metric, f.at_least, f.at_most, f.bound) for f in recipe.floors]
     outcome = Outcome(
         recipe, source, runner, tuple(zip(passes, reports, strict=True)), tuple(comparisons), speed, ceilings, found,

@@ -55,6 +55,8 @@ def outcome(source: Source) -> Outcome:
         {"metric": "serving.met_share", "at_least": 0.5, "bound": "value"},
         {"metric": "serving.ttft_p95_seconds", "at_most": 60.0, "bound": "value"},
         {"metric": "serving.ttft_p99_seconds", "at_most": 60.0},
+        {"metric": "kv.ratio", "at_most": 0.5},
+        {"metric": "steps.eager", "at_most": 0.0},
     )
     return run(source, job(*floors))
 
@@ -71,6 +73,8 @@ def test_what_clients_saw_is_evidence_and_too_few_requests_fail_a_floor(outcome:
     assert verdicts["serving.ttft_p95_seconds"].passed
     assert not verdicts["serving.ttft_p99_seconds"].passed  # a p99 takes 100 requests
     assert verdicts["serving.ttft_p99_seconds"].measurement is None
+    assert verdicts["kv.ratio"].passed
+    assert not verdicts["steps.eager"].passed  # nothing was compiled here, and a recipe may insist on it
 
 
 def test_an_objective_that_is_missed_fails_its_floor(source: Source) -> None:
