@@ -99,10 +99,27 @@ def windowed(layout: KeyValueLayout, window: int, sinks: int) -> KeyValueLayout:
     return KeyValueLayout(layers, layout.dtype, layout.kind, layout.block_size, sinks)
 
 
-class ProbeCache:
-    """A cache that keeps nothing: it notes the shapes it is given, and which layers attended through our function."""
+class PositionsGiven:
+    """What transformers' models ask a cache besides `update`, for one that is always given with positions.
+
+    Nothing is counted, and no mask is made from what is said here: the paged attention makes its own.
+    """
 
     is_compileable = False
+
+    def get_seq_length(self, _layer_idx: int = 0) -> int:
+        """Not counted."""
+        return 0
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
+        """As for an empty cache."""
+        return query_length, 0
+
+
+class ProbeCache(PositionsGiven):
+    """A cache that keeps nothing: it notes the shapes it is given, and which layers attended through our function."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int]] = {}
@@ -117,16 +134,6 @@ class ProbeCache:
         self.value_heads[layer_idx] = (value.shape[1], value.shape[3])
         self.dtype = key.dtype
         return key, value
-
-    def get_seq_length(self, _layer_idx: int = 0) -> int:
-        """Nothing was seen."""
-        return 0
-
-    get_query_offset = get_seq_length
-
-    def get_mask_sizes(self, query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
-        """As for an empty cache."""
-        return query_length, 0
 
 
 def probe(model: Any, *, kind: KvKind | None = None, block_size: int = 32) -> KeyValueLayout:

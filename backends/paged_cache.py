@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from optimizer.backends.kernels.kv_write import kv_write
 from optimizer.backends.kernels.paged_attention import paged_attention
-from optimizer.backends.kv_layout import KeyValueLayout, LayerShape, ProbeCache
+from optimizer.backends.kv_layout import KeyValueLayout, LayerShape, PositionsGiven, ProbeCache
 from optimizer.errors import UsageError
 
 NAME = "optimizer-paged"
@@ -92,7 +92,7 @@ class Storage:
 
 
 @dataclass
-class View:
+class View(PositionsGiven):
     """What one forward writes and sees: this is the cache that the model is given.
 
     `visible` is given where attention must gather: `[B, 1, S, L]` bool, the first L positions of each row that each new
@@ -107,8 +107,6 @@ class View:
     row_tables: list[Tensor]
     visible: list[Tensor] | None = None
     fresh: bool = False
-
-    is_compileable = False
 
     @classmethod
     def of(
@@ -142,16 +140,6 @@ class View:
             self.slots[self.storage.layout.group_of[layer_idx]],
         )  # fmt: skip
         return key, value
-
-    def get_seq_length(self, _layer_idx: int = 0) -> int:
-        """Not counted: positions are given with the tokens."""
-        return 0
-
-    get_query_offset = get_seq_length
-
-    def get_mask_sizes(self, query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
-        """Not used: this attention makes its own masks."""
-        return query_length, 0
 
     def gathered(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first L positions `[B, H_kv, L, D]`, in the model's type."""

@@ -7,6 +7,7 @@ in `paged_step`; what joins and leaves between steps, in `engine`.
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
@@ -118,13 +119,19 @@ class PagedRunner(StepRunner):
         seed: int | None,
         on_token: OnToken | None,
     ) -> Tensor:
-        """`BaseRunner`'s, with the tokens that the step itself chooses; one row speculates, if `speculation` is set."""
-        if self.speculation is not None and tokens.shape[0] == 1 and bool(mask.all()):
-            (new_ids,) = self.generate_batch(
-                tokens.tolist(), max_new_tokens=max_new, sampling=sampling, eos_token_id=ends.tolist(), seed=seed,
-                on_token=None if on_token is None else lambda token: on_token(torch.tensor([token])),
-            )  # fmt: skip
-            return torch.cat([tokens, torch.tensor([new_ids], device=self.device)], 1)
+        """`BaseRunner`'s; one row goes to an engine that speculates, if `speculation` is set."""
+        if self.speculation is None or tokens.shape[0] > 1 or not bool(mask.all()):
+            return super()._sampled(tokens, mask, max_new, sampling, ends, seed, on_token)
+        (new,) = self.generate_batch(
+            tokens.tolist(), max_new_tokens=max_new, sampling=sampling, eos_token_id=ends.tolist(), seed=seed,
+            on_token=None if on_token is None else lambda token: on_token(torch.tensor([token])),
+        )  # fmt: skip
+        return torch.cat([tokens, torch.tensor([new], device=self.device)], 1)
+
+    def _tokens(
+        self, tokens: Tensor, mask: Tensor, sampling: Sampling, seed: int | None
+    ) -> Generator[Tensor, None, None]:
+        """The tokens that the step itself chooses. The rows are given back at the end."""
         logits = self.prefill(tokens, mask)
         first = torch.Generator().seed() >> 1 if seed is None else seed
         seeds = [first + i for i in range(self._batch)]
@@ -135,22 +142,15 @@ class PagedRunner(StepRunner):
         new = torch.cat(chosen)
         step = self.step(self._batch, sampled=sampling.temperature > 0)
         step.bind(self._rows, new[:, None].tolist(), [sampling] * self._batch, seeds)
-        done = torch.zeros(self._batch, dtype=torch.bool, device=self.device)
-        produced: list[Tensor] = []
-        while True:
-            if ends.numel():
-                new = torch.where(done, ends[0], new)
-                done |= torch.isin(new, ends)
-            produced.append(new)
-            if on_token is not None:
-                on_token(new)
-            if len(produced) == max_new or (ends.numel() and bool(done.all())):
-                self.close()
-                return torch.cat([tokens, torch.stack(produced, 1)], 1)
-            step.reserve([1] * self._batch)
-            new = step()[1][: self._batch, 0].clone()
-            for row in self._rows:
-                self.cache.commit(row, [_UNKNOWN])
+        try:
+            while True:
+                yield new
+                step.reserve([1] * self._batch)
+                new = step()[1][: self._batch, 0].clone()
+                for row in self._rows:
+                    self.cache.commit(row, [_UNKNOWN])
+        finally:
+            self.close()
 
     def generate_batch(self, prompts: Rows[Rows[int]], **options: Any) -> list[list[int]]:
         """New tokens for prompts of any lengths, by continuous batching; takes the options of `Engine.submit`."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,23 +132,32 @@ class BaseRunner(ABC):
         seed: int | None,
         on_token: OnToken | None,
     ) -> Tensor:
+        done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=self.device)
+        produced: list[Tensor] = []
+        with closing(self._tokens(tokens, mask, sampling, seed)) as chosen:
+            for new in chosen:
+                if ends.numel():
+                    new = torch.where(done, ends[0], new)
+                    done |= torch.isin(new, ends)
+                produced.append(new)
+                if on_token is not None:
+                    on_token(new)
+                if len(produced) == max_new or (ends.numel() and bool(done.all())):
+                    break
+        return torch.cat([tokens, torch.stack(produced, 1)], 1)
+
+    def _tokens(
+        self, tokens: Tensor, mask: Tensor, sampling: Sampling, seed: int | None
+    ) -> Generator[Tensor, None, None]:
+        """The next token of each row `[B]`, without end."""
         generator = None
         if sampling.temperature > 0:
             generator = torch.Generator(self.device)
             generator.manual_seed(seed) if seed is not None else generator.seed()
-        done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=self.device)
-        produced: list[Tensor] = []
         logits = self.prefill(tokens, mask)
         while True:
             new = sample(logits, sampling, generator)
-            if ends.numel():
-                new = torch.where(done, ends[0], new)
-                done |= torch.isin(new, ends)
-            produced.append(new)
-            if on_token is not None:
-                on_token(new)
-            if len(produced) == max_new or (ends.numel() and bool(done.all())):
-                return torch.cat([tokens, torch.stack(produced, 1)], 1)
+            yield new
             logits = self.decode(new)
 
     def generate_text(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
