@@ -193,7 +193,7 @@ class PagedRunner(StepRunner):
     def extend(self, rows: Rows[Sequence], tokens: Rows[Rows[int]], *, all_logits: bool = False) -> Tensor:
         """Run what is not written yet of each row's `tokens` (all of them from its start); logits after the last.
 
-        In chunks of `options.chunk` tokens over all rows. Returns `[B, V]` float32, or `[B, S, V]` for every token,
+        In chunks of `options.chunk` tokens a row. Returns `[B, V]` float32, or `[B, S, V]` for every token,
         rows right-aligned. Raises `OutOfBlocks` where the cache has no room; what was written stays.
         """
         starts = [row.length for row in rows]
@@ -206,7 +206,7 @@ class PagedRunner(StepRunner):
             new = len(row) - start
             ids[i, width - new :] = torch.tensor(row[start:])
             places[i, width - new :] = torch.arange(start, len(row))
-        columns = max(1, self.options.chunk // len(rows))
+        columns = self.options.chunk
         found = []
         for first in range(0, width, columns):
             part = slice(first, min(first + columns, width))
