@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from benchmarks import peers_cpu, streaming
+from benchmarks import peers_cpu, serving_cpu, streaming
 from benchmarks.decode import markdown
 from benchmarks.gpu import claims
 from optimizer.cli import app
@@ -61,6 +61,11 @@ def test_the_readme_shows_the_committed_result():
 def test_the_page_on_cpus_shows_the_committed_result():
     result = json.loads((ROOT / "benchmarks/results/peers_cpu.json").read_text(encoding="utf-8"))
     assert (ROOT / "docs/cpu.md").read_text(encoding="utf-8") == peers_cpu.page(result)
+
+
+def test_the_page_on_the_paged_cache_shows_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/serving_cpu.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs/decode-cpu.md").read_text(encoding="utf-8") == serving_cpu.page(result)
 
 
 def test_the_page_on_streaming_shows_the_committed_result():
