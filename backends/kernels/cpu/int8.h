@@ -5,110 +5,17 @@
 // products share their scales, or one chunk whose lanes have different ones; integers are summed over a run. Every lane
 // of a vector holds weights of one block of 32 only, so scales of 32 values are a vector of scales.
 //
+// Many rows are a GEMM of another order (int8_gemm.h) where there is VNNI.
+//
 // Weights may be decoded with an offset (q + 8, q + 128), because the instructions want one unsigned factor. What a
 // zero weight would contribute is computed from the inputs, once, and every sum starts at its negative.
 #pragma once
-#include <limits>
 #include <numeric>
 
-#include "linear.h"
-#include "vector.h"
+#include "int8_gemm.h"
+#include "int8_operands.h"
 
 namespace {
-
-#if defined(INT8_EMULATED_LANES)  // a vector of that many lanes without its instructions: tests of wider layouts
-constexpr int LANES = INT8_EMULATED_LANES;
-#elif defined(__AVX512VNNI__)
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#if defined(__AVX2__) && !defined(__AVXVNNI__)
-#define INT8_AVX2
-#endif
-#endif
-constexpr int CHUNK = LANES * 4;  // bytes
-typedef int32_t vi __attribute__((vector_size(CHUNK)));
-typedef float vl __attribute__((vector_size(CHUNK)));
-typedef uint8_t vc __attribute__((vector_size(CHUNK)));
-
-// acc[l] + sum of a[i] b[i] over the four bytes i of lane l, `a` unsigned and `b` signed: the loop below is vpdpbusd
-// as its manual defines it. Products, at most 255 * 128, are added in 32 bits and nothing saturates (in vpdpbusds it
-// would). No other code depends on VNNI.
-inline vi multiply(vi acc, vc a, vc b) {
-#if defined(__AVX512VNNI__) && !defined(INT8_EMULATED_LANES)
-  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
-#elif defined(__AVXVNNI__) && !defined(INT8_EMULATED_LANES)
-  return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
-#else
-  for (int i = 0; i < CHUNK; ++i) acc[i / 4] += a[i] * static_cast<int8_t>(b[i]);
-  return acc;
-#endif
-}
-
-// A weight type: bytes of 32 weights, blocks in a chunk, the inputs that meet a chunk, the byte of zero weights and
-// whether these decode to something else. `place` puts the 32 values of block i where the inputs of a chunk are.
-struct Nibbles {
-  typedef int8_t Input;
-  static constexpr at::ScalarType type = at::kByte;
-  static constexpr int bytes = 16, scales = 1, blocks = CHUNK / bytes, inputs = 2 * CHUNK;
-  static constexpr uint8_t zero = 0x88;
-  static constexpr bool offset = true;
-  struct Operand {
-    vc low, high;
-  };
-  static inline Operand decode(const uint8_t* p) {
-    const vc b = load<vc>(p);
-    return {b & 15, b >> 4};
-  }
-  static inline void place(const int8_t* q, int64_t i, Input* to) {  // all first halves, then all second halves
-    std::memcpy(to + i * 16, q, 16);
-    std::memcpy(to + CHUNK + i * 16, q + 16, 16);
-  }
-  static inline vi dot(vi acc, const Operand& w, const Input* x) {
-    const vc low = load<vc>(x), high = load<vc>(x + CHUNK);
-#ifdef INT8_AVX2
-    // vpmaddubsw adds two products in 16 bits and would saturate: 2 * 15 * 128 = 3840, and two of these 7680 < 32768.
-    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w.low, (__m256i)low),
-                                           _mm256_maddubs_epi16((__m256i)w.high, (__m256i)high));
-    return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#else
-    return multiply(multiply(acc, w.low, low), w.high, high);
-#endif
-  }
-};
-
-#ifdef INT8_AVX2
-struct Bytes {  // in 16 bits: vpmaddubsw would saturate, as 2 * 128 * 128 = 32768; vpmaddwd adds such a pair in 32 bits
-  typedef int16_t Input;
-  static constexpr at::ScalarType type = at::kChar;
-  static constexpr int bytes = 32, scales = 1, blocks = 1, inputs = 32;
-  static constexpr uint8_t zero = 0;
-  static constexpr bool offset = false;
-  struct Operand {
-    __m256i low, high;
-  };
-  static inline Operand decode(const uint8_t* p) {
-    return {_mm256_cvtepi8_epi16(load<__m128i>(p)), _mm256_cvtepi8_epi16(load<__m128i>(p + 16))};
-  }
-  static inline void place(const int8_t* q, int64_t, Input* to) { std::copy(q, q + BLOCK, to); }
-  static inline vi dot(vi acc, const Operand& w, const Input* x) {
-    return acc + ((vi)_mm256_madd_epi16(w.low, load<__m256i>(x)) +
-                  (vi)_mm256_madd_epi16(w.high, load<__m256i>(x + 16)));
-  }
-};
-#else
-struct Bytes {  // as q + 128
-  typedef int8_t Input;
-  static constexpr at::ScalarType type = at::kChar;
-  static constexpr int bytes = 32, scales = 1, blocks = CHUNK / bytes, inputs = CHUNK;
-  static constexpr uint8_t zero = 0;
-  static constexpr bool offset = true;
-  typedef vc Operand;
-  static inline Operand decode(const uint8_t* p) { return load<vc>(p) ^ 0x80; }
-  static inline void place(const int8_t* q, int64_t i, Input* to) { std::memcpy(to + i * BLOCK, q, BLOCK); }
-  static inline vi dot(vi acc, const Operand& w, const Input* x) { return multiply(acc, w, load<vc>(x)); }
-};
-#endif
 
 constexpr int64_t SLAB = 128 << 10;         // bytes of weights that serve all rows before the next: a part of L2
 constexpr int64_t AHEAD = 1024;             // bytes of weights fetched ahead of the next rows
@@ -135,17 +42,6 @@ struct Cut {
   }
 };
 
-template <typename T>
-struct Buffer {  // zeros, aligned to a cache line
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  std::vector<Line> lines;
-  explicit Buffer(int64_t count) : lines((count * sizeof(T) + 63) / 64) {}
-  T* at(int64_t i) { return reinterpret_cast<T*>(lines.data()) + i; }
-  const T* at(int64_t i) const { return reinterpret_cast<const T*>(lines.data()) + i; }
-};
-
 template <typename F>
 inline void set_block(vl& lanes, int i, float value) {  // the lanes of block i of a chunk
   constexpr int n = LANES / F::blocks;
@@ -165,39 +61,16 @@ struct Inputs {
       : cut(c), q(m * c.chunks * F::inputs), start(m * c.runs * LANES), scale(m * c.runs * LANES),
         total(w.zero ? m * w.groups : 0), groups(w.zero ? w.groups : 0) {}
 
-  // The scale of values: largest / 127.5, epsilon for zeros, NaN where a value is not finite.
-  static float step(const float* x, int64_t count) {
-    vf top = {}, poison = {};
-    for (int64_t j = 0; j < count; j += W) {
-      const vf v = load<vf>(x + j), size = v < 0 ? -v : v;
-      top = size > top ? size : top;
-      poison += v * 0.f;
-    }
-    float largest = sum(poison);
-    for (int i = 0; i < W; ++i) largest = top[i] > largest ? top[i] : largest;
-    const float s = largest / 127.5f;
-    return s == 0 ? std::numeric_limits<float>::epsilon() : s;
-  }
-
   void round(const float* x, int64_t m) {
     std::vector<float> steps(cut.blocks);  // of each block, so that only this loop divides
     typename F::Input* const row = q.at(m * cut.chunks * F::inputs);
     for (int64_t b = 0; b < cut.blocks; b += cut.share)
-      std::fill_n(&steps[b], cut.share, step(x + b * BLOCK, cut.share * BLOCK));
+      std::fill_n(&steps[b], cut.share, int8_step(x + b * BLOCK, cut.share * BLOCK));
     for (int64_t b = 0; b < cut.blocks; ++b) {
       int8_t values[BLOCK];
-      for (int i = 0; i < V; ++i) {
-        vf v = load<vf>(x + b * BLOCK + i * W) / steps[b];
-        v = v == v ? v : 0.f;
-        v = v > 127.f ? 127.f : v < -128.f ? -128.f : v;
-        // 1.5 * 2^23 leaves no fraction bits: the sum is rounded to the nearest integer, ties to even.
-        const vf shifted = v + 12582912.f;
-        const vs integers = __builtin_convertvector((vw)shifted - 0x4B400000, vs);
-        std::memcpy(values + i * W, &integers, W);
-      }
+      const int32_t sum = round_block(x + b * BLOCK, steps[b], values);
       F::place(values, b % F::blocks, row + b / F::blocks * F::inputs);
-      if (groups)
-        *total.at(m * groups + b * groups / cut.blocks) += steps[b] * std::accumulate(values, values + BLOCK, 0);
+      if (groups) *total.at(m * groups + b * groups / cut.blocks) += steps[b] * sum;
     }
     uint8_t zeros[CHUNK];
     std::fill(zeros, zeros + CHUNK, F::zero);
@@ -311,20 +184,10 @@ void product(const Weight& w, const Inputs<F>& x, int64_t m, float* out) {
   });
 }
 
+// All rows by `block_product`, for x contiguous with m rows.
 template <typename F>
-at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor& scale,
-                       const std::optional<at::Tensor>& zero, const std::optional<at::Tensor>& bias, int64_t group) {
-  const at::Tensor xc = x.contiguous(), bc = bias ? bias->contiguous() : at::Tensor();  // outlive their Floats
-  const Floats xf(xc), bf(bc);
-  const Weight w = checked<F>(x, data, &scale, zero ? &*zero : nullptr, bias, bf.data);
-  TORCH_CHECK(group == -1 || (group > 0 && group % BLOCK == 0 && w.k % group == 0), "inputs cannot be rounded in ",
-              "groups of ", group, ": use -1, or a multiple of ", BLOCK, " that divides ", w.k);
-  TORCH_CHECK(w.k <= MOST_FEATURES, w.k, " features could overflow a sum in 32 bits; at most ", MOST_FEATURES);
-  auto shape = x.sizes().vec();
-  shape.back() = w.n;
-  at::Tensor out = at::empty(shape, x.options());
-  const int64_t m = x.numel() / w.k;
-  if (out.numel() == 0) return out;
+void by_blocks(const Weight& w, const at::Tensor& x, int64_t group, int64_t m, at::Tensor& out) {
+  const Floats xf(x);
   const Cut cut = Cut::of<F>(w, group);
   Inputs<F> inputs(w, cut, m);
   at::parallel_for(0, m, std::max<int64_t>(1, (64 << 10) / w.k), [&](int64_t begin, int64_t end) {
@@ -336,7 +199,7 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& data, const at::Te
   if (x.scalar_type() == at::kFloat) {
     run(w, inputs, m, out.mutable_data_ptr<float>());
   } else if (m >= GEMM_ROWS) {
-    const at::Tensor wide = at::empty(shape, x.options().dtype(at::kFloat));
+    const at::Tensor wide = at::empty(out.sizes(), x.options().dtype(at::kFloat));
     run(w, inputs, m, wide.mutable_data_ptr<float>());
     out.copy_(wide);
   } else {  // a decode step: two calls of ATen would take longer than the conversion
@@ -344,6 +207,29 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& data, const at::Te
     run(w, inputs, m, wide.data());
     WITH_REDUCED_TYPE(out, for (int64_t i = 0; i < m * w.n; ++i) to[i] = static_cast<T>(wide[i]));
   }
+}
+
+template <typename F>
+at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor& scale,
+                       const std::optional<at::Tensor>& zero, const std::optional<at::Tensor>& bias, int64_t group) {
+  const at::Tensor xc = x.contiguous(), bc = bias ? bias->contiguous() : at::Tensor();  // outlives its Floats
+  const Floats bf(bc);
+  const Weight w = checked<F>(x, data, &scale, zero ? &*zero : nullptr, bias, bf.data);
+  TORCH_CHECK(group == -1 || (group > 0 && group % BLOCK == 0 && w.k % group == 0), "inputs cannot be rounded in ",
+              "groups of ", group, ": use -1, or a multiple of ", BLOCK, " that divides ", w.k);
+  TORCH_CHECK(w.k <= MOST_FEATURES, w.k, " features could overflow a sum in 32 bits; at most ", MOST_FEATURES);
+  auto shape = x.sizes().vec();
+  shape.back() = w.n;
+  at::Tensor out = at::empty(shape, x.options());
+  if (out.numel() == 0) return out;
+  const int64_t m = x.numel() / w.k;
+#ifdef INT8_GEMM
+  if (m >= INT8_GEMM_ROWS) {
+    int8_gemm<F>(w, xc, group, m, out);
+    return out;
+  }
+#endif
+  by_blocks<F>(w, xc, group, m, out);
   return out;
 }
 

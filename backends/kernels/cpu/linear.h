@@ -1,67 +1,15 @@
-// Weight-only linears: a GEMV for a few rows, and weight decoding for many (GEMM on the decoded weight).
-//
-// A weight is decoded once for up to four activation rows. int4 blocks of 32 weights are 16 bytes: byte i holds weight
-// i (low) and i + 16 (high), stored as q + 8, so that a block decodes with one mask and one shift and activations need
-// no shuffle.
+// Weight-only linears: a GEMV for a few rows, which decodes a weight once for up to four of them, and a GEMM for many:
+// our own for bfloat16 rows where there is an instruction (bf16_gemm.h), else ATen's on the weight decoded in parts, in
+// bfloat16 with AMX and in float32 without.
 #pragma once
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
-#include "vector.h"
+#include "bf16_gemm.h"
+#include "weights.h"
 
 namespace {
-
-// A weight type: what it is stored in, bytes of 32 weights, the scales these may have at most, what is taken off a
-// decoded weight, what a unit of it stands for, and the decoding of 32 weights to V float vectors.
-struct Int4 {
-  static constexpr at::ScalarType type = at::kByte;
-  static constexpr int bytes = 16, scales = 1;
-  static constexpr float offset = 8, unit = 1;
-  static inline void block(const uint8_t* p, vf* out) {
-    v16 b = load<v16>(p);
-    v16 parts[2] = {b & 15, b >> 4};
-#if defined(__AVX512F__)
-    for (int i = 0; i < 2; ++i) out[i] = (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)parts[i]));
-#elif defined(__AVX2__)
-    for (int i = 0; i < 2; ++i) {
-      out[2 * i] = (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32((__m128i)parts[i]));
-      out[2 * i + 1] = (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)parts[i], 8)));
-    }
-#else
-    for (int i = 0; i < V; ++i)
-      out[i] = __builtin_convertvector(load<vb>(reinterpret_cast<uint8_t*>(parts) + i * W), vf);
-#endif
-  }
-};
-struct Int8 {
-  static constexpr at::ScalarType type = at::kChar;
-  static constexpr int bytes = 32, scales = 1;
-  static constexpr float offset = 0, unit = 1;
-  static inline void block(const uint8_t* p, vf* out) {
-    for (int i = 0; i < V; ++i) out[i] = widen_signed(p + i * W);
-  }
-};
-struct BFloat16 {
-  static constexpr at::ScalarType type = at::kBFloat16;
-  static constexpr int bytes = 64, scales = 1;
-  static constexpr float offset = 0, unit = 1;
-  static inline void block(const uint8_t* p, vf* out) {
-    for (int i = 0; i < V; ++i) out[i] = widen_bfloat16(p + i * W * 2);
-  }
-};
-
-struct Weight {
-  const uint8_t* data;  // [N, K / 32 * bytes]
-  const float* scale;   // [N, G] or null: all ones
-  const float* zero;    // [N, G] or null: all zeros, in units of q
-  const float* bias;    // [N] or null
-  int64_t n, k, groups;
-  const uint8_t* codes = nullptr;  // [N, G]: scales of one byte, looked up in `table` and multiplied by `factor`
-  const float* table = nullptr;
-  float factor = 1;
-  float scale_at(int64_t i) const { return codes ? table[codes[i]] * factor : scale ? scale[i] : 1.f; }
-};
 
 // out[m, n] = sum_g scale[n, g] * (sum_k q x - (offset + zero[n, g]) * sum_k x)
 template <typename D, int M>
@@ -137,11 +85,7 @@ void decode(const Weight& w, int64_t first, int64_t count, T* out) {
           D::block(p, q);
           for (int i = 0; i < V; ++i) {
             const vf v = (q[i] - z[i * D::scales / V]) * D::unit * s[i * D::scales / V];
-            if constexpr (std::is_same_v<T, float>) {
-              std::memcpy(o + i * W, &v, sizeof(vf));
-            } else {
-              for (int j = 0; j < W; ++j) o[i * W + j] = static_cast<T>(v[j]);
-            }
+            store(o + i * W, v, W);
           }
         }
       }
@@ -149,13 +93,16 @@ void decode(const Weight& w, int64_t first, int64_t count, T* out) {
   });
 }
 
-#ifdef __AVX512BF16__
+#ifdef __AMX_BF16__
 constexpr bool NATIVE_BFLOAT16 = true;
 #else
 constexpr bool NATIVE_BFLOAT16 = false;
 #endif
-constexpr int64_t GEMM_ROWS = 16;             // from here decoding once and calling sgemm is faster
-constexpr int64_t GEMM_ELEMENTS = 8 << 20;    // weights decoded at a time: 32 MB
+constexpr int64_t GEMM_ROWS = 16;  // from here decoding once and calling ATen is faster
+// Weights decoded at a time: 2 MB in float32, but at least 256 columns of the output. 128 rows by 6912 x 1024 then take
+// 20 ms on a Zen 4 core, and 28 with 32 MB, which leave the cache and are mapped anew; by 4096 x 14336 they take 264 ms
+// with 36 columns and 200 with 256.
+constexpr int64_t GEMM_ELEMENTS = 512 << 10, GEMM_COLUMNS = 256;
 
 // A weight of type D as it meets `x`, after every check: a wrong operand raises.
 template <typename D>
@@ -183,13 +130,21 @@ template <typename D>
 at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor* scale, const at::Tensor* zero,
                   const std::optional<at::Tensor>& bias, const float* table = nullptr, float factor = 1) {
   const at::Tensor xc = x.contiguous(), bc = bias ? bias->contiguous() : at::Tensor();  // outlive their Floats
-  const Floats xf(xc), bf(bc);
+  const Floats bf(bc);
   Weight w = checked<D>(x, data, scale, zero, bias, bf.data, table != nullptr);
   w.table = table, w.factor = factor;
   const int64_t k = w.k, n = w.n, m = x.numel() / k;
   auto shape = x.sizes().vec();
   shape.back() = n;
   at::Tensor out = at::empty(shape, x.options());
+#ifdef BFLOAT16_GEMM
+  if (x.scalar_type() == at::kBFloat16 && m >= BFLOAT16_GEMM_ROWS && n > 0) {
+    bf16_gemm(w, PairPanel::fill<D>, k / BLOCK * D::bytes, xc.const_data_ptr<at::BFloat16>(), m,
+              out.mutable_data_ptr<at::BFloat16>());
+    return out;
+  }
+#endif
+  const Floats xf(xc);
   if (m < GEMM_ROWS) {
     if (x.scalar_type() == at::kFloat) {
       gemv<D>(w, xf.data, m, out.mutable_data_ptr<float>());
@@ -200,12 +155,13 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor*
     }
     return out;
   }
-  // Many rows: decode once and call a GEMM, in bfloat16 where the processor multiplies it, else in float32.
-  const bool native = NATIVE_BFLOAT16 && x.scalar_type() == at::kBFloat16 && (!bias || bc.scalar_type() == at::kBFloat16);
+  // Many rows: decode once and call a GEMM.
+  const at::ScalarType kind = x.scalar_type();
+  const bool native = NATIVE_BFLOAT16 && kind == at::kBFloat16 && (!bias || bc.scalar_type() == kind);
   const at::Tensor rows = native ? xc.view({m, k}) : at::from_blob(const_cast<float*>(xf.data), {m, k}, at::kFloat);
   const at::Tensor wide_bias = bf.data ? at::from_blob(const_cast<float*>(bf.data), {n}, at::kFloat) : at::Tensor();
   const at::Tensor flat = out.view({m, n});
-  const int64_t step = std::min<int64_t>(n, std::max<int64_t>(1, GEMM_ELEMENTS / k));
+  const int64_t step = std::min<int64_t>(n, std::max(GEMM_COLUMNS, GEMM_ELEMENTS / k));
   const at::Tensor decoded = at::empty({step, k}, rows.options());
   for (int64_t first = 0; first < n; first += step) {
     const int64_t count = std::min(step, n - first);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from optimizer.errors import UsageError
 from optimizer.quant.activations import quantize_activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GEMM_ROWS = 8
+"""From here a processor with VNNI runs another kernel, `cpu/int8_gemm.h`: tiles of 4 or 8 rows by 32 columns (half of
+each with 8 lanes)."""
 
 
 def seeded(*shape: int, seed: int = 1) -> Tensor:
@@ -91,7 +95,7 @@ def check(got: Tensor, case: Layer, x: Tensor, group: int) -> None:
 def test_every_pair_of_groups_is_right(bits: int, symmetric: bool, k: int) -> None:
     """A scale for one block, several or the row, on either side: chunks with one scale, with several, and cut short."""
     groups = [g for g in (32, 64, 96, 128, -1) if g == -1 or k % g == 0]
-    for weight_group, group, rows in product(groups, groups, (1, 7)):
+    for weight_group, group, rows in product(groups, groups, (1, 7, 9)):
         case = layer(bits, weight_group, k=k, symmetric=symmetric)
         x = seeded(rows, k) * torch.logspace(-2, 2, k)
         for op in (dynamic_int8_linear, dynamic_int8_linear_ref):
@@ -108,10 +112,40 @@ def test_ragged_shapes_in_every_type(bits: int, dtype: torch.dtype, n: int, rows
         check(dynamic_int8_linear(*case.args(x, group)), case, x, group)
 
 
-def test_more_weights_than_one_slab_or_task_holds() -> None:
+@pytest.mark.parametrize("rows", [6, 70])
+def test_more_weights_than_one_slab_or_task_holds(rows: int) -> None:
     case = layer(8, n=300, k=1024)
-    x = seeded(6, 1024)
+    x = seeded(rows, 1024)
     check(dynamic_int8_linear(*case.args(x, -1)), case, x, -1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [7, 8, 9, 13, 17, 33])
+def test_tiles_are_cut_short_on_every_side(bits: int, rows: int) -> None:
+    """Rows around the GEMM's first and its tiles', columns around vectors and panels, vectors of weights cut short."""
+    for n, k, (weight_group, group) in product(
+        (1, 16, 31, 33, 70), (32, 224), ((-1, -1), (-1, 32), (32, -1), (32, 32))
+    ):
+        case = layer(bits, weight_group, n=n, k=k, symmetric=n % 2 == 0, bias=k == 32)
+        x = seeded(rows, k) * torch.logspace(-2, 2, k)
+        check(dynamic_int8_linear(*case.args(x, group)), case, x, group)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [3, 9])
+def test_a_result_is_the_float32_one_rounded_once(dtype: torch.dtype, rows: int) -> None:
+    """Subnormals, what only float16 makes infinite, and NaN. The kernels widen inputs before all else."""
+    case, x = layer(8, 64, n=70), seeded(rows, 256).to(dtype)
+    low, high = (-48, 0) if dtype == torch.bfloat16 else (-12, 8)
+    case = Layer(case.q, torch.logspace(low, high, 70, base=2.0)[:, None].expand(-1, 4).contiguous(), None, None, 8)
+    x[-1, 5], x[0] = torch.nan, x[0] * (2.0**-90 if dtype == torch.bfloat16 else 2.0**-10)
+    for group in (32, -1):
+        wide = dynamic_int8_linear(*case.args(x.float(), group))
+        assert dtype == torch.bfloat16 or wide.to(dtype).isinf().any()
+        assert ((wide != 0) & (wide.abs() < torch.finfo(dtype).tiny)).any()
+        got = dynamic_int8_linear(*case.args(x, group))
+        assert torch.equal(got.nan_to_num(nan=-1.0), wide.to(dtype).nan_to_num(nan=-1.0))
+        assert got[-1].isnan().all()
 
 
 @pytest.mark.parametrize("group", [32, 64, -1])
@@ -132,7 +166,9 @@ def test_inputs_are_rounded_exactly_as_specified(bits: int, group: int) -> None:
     ])  # fmt: skip
     identity = Layer(torch.eye(128, dtype=torch.int8), torch.ones(128, 1), None, None, bits)
     expected = quantize_activation(x, input_format(group))
-    assert torch.equal(dynamic_int8_linear(*identity.args(x, group)), expected)
+    assert len(x) >= GEMM_ROWS > 5
+    for part in (slice(None), slice(5), slice(5, None)):
+        assert torch.equal(dynamic_int8_linear(*identity.args(x[part], group)), expected[part])
     assert torch.equal(dynamic_int8_linear_ref(*identity.args(x, group)), expected)
 
 
@@ -146,32 +182,60 @@ def test_the_largest_integers_do_not_saturate(bits: int, weight: int, group: int
     k = 1024
     case = Layer(torch.full((3, k), weight, dtype=torch.int8), torch.ones(3, 1), None, None, bits)
     for pattern, total in (((1, 1), 127 * k), ((-1, -1), -128 * k), ((1, -1), -k // 2), ((-1, 1), -k // 2)):
-        x = (127.5 * torch.tensor(pattern)).repeat(k // 2).expand(5, k)
-        got = dynamic_int8_linear(*case.args(x, group))
-        assert torch.equal(got, torch.full((5, 3), float(weight * total)))
+        x = (127.5 * torch.tensor(pattern)).repeat(k // 2).expand(9, k)
+        for rows in (5, 9):
+            got = dynamic_int8_linear(*case.args(x[:rows], group))
+            assert torch.equal(got, torch.full((rows, 3), float(weight * total)))
+
+
+@pytest.mark.parametrize("k", [2**17, 2**18, 32 * 1031])
+@pytest.mark.parametrize(("weight", "pattern"), [(-128, (-1, -1)), (127, (-1, -1)), (-128, (1, -1))])
+def test_sums_of_many_features_do_not_overflow(weight: int, pattern: tuple[int, int], k: int) -> None:
+    """Up to 2^32 in all, and a number of blocks that has no divisor to cut it by."""
+    case = Layer(torch.full((3, k), weight, dtype=torch.int8), torch.ones(3, 1), None, None, 8)
+    x = (127.5 * torch.tensor(pattern)).repeat(k // 2).expand(9, k)
+    for rows in (1, 9):
+        check(dynamic_int8_linear(*case.args(x[:rows], -1)), case, x[:rows], -1)
 
 
 @pytest.mark.parametrize("group", [32, -1])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_does_not_depend_on_its_batch(bits: int, group: int) -> None:
-    case, x = layer(bits, 64, symmetric=False), seeded(7, 256)
-    together = dynamic_int8_linear(*case.args(x, group))
-    alone = torch.cat([dynamic_int8_linear(*case.args(row, group)) for row in x.split(1)])
-    assert torch.equal(together, alone)
+    """One kernel for all batches of fewer than `GEMM_ROWS`, at most one other for all larger ones."""
+    case, x = layer(bits, 64, n=70, symmetric=False), seeded(33, 256)
+    few = dynamic_int8_linear(*case.args(x[: GEMM_ROWS - 1], group))
+    alone = torch.cat([dynamic_int8_linear(*case.args(row, group)) for row in x[: GEMM_ROWS - 1].split(1)])
+    assert torch.equal(few, alone)
+    many = dynamic_int8_linear(*case.args(x, group))
+    for rows in (GEMM_ROWS, 9, 15, 16, 17, 32):
+        assert torch.equal(dynamic_int8_linear(*case.args(x[-rows:], group)), many[-rows:])
+    assert torch.equal(dynamic_int8_linear(*case.args(x.flip(0), group)).flip(0), many)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("group", [32, -1])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_is_not_finite_spoils_its_row_and_no_other(bits: int, group: int, bad: float) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_spoils_its_row_and_no_other(bits: int, group: int, bad: float, dtype: torch.dtype) -> None:
     case = layer(bits, 32, symmetric=False)
-    for position in (0, 40, 255):
-        x = seeded(5, 256)
-        x[2, position] = bad
+    for position, (rows, spoilt) in product((0, 40, 255), ((5, 2), (19, 2), (19, 18))):
+        x = seeded(rows, 256).to(dtype)
+        x[spoilt, position] = bad
         got = dynamic_int8_linear(*case.args(x, group))
-        assert got[2].isnan().all()
-        x[2] = 0
-        assert torch.equal(got[[0, 1, 3, 4]], dynamic_int8_linear(*case.args(x, group))[[0, 1, 3, 4]])
+        assert got[spoilt].isnan().all()
+        x[spoilt] = 0
+        others = torch.arange(rows) != spoilt
+        assert torch.equal(got[others], dynamic_int8_linear(*case.args(x, group))[others])
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_a_scale_that_is_not_finite_spoils_its_column_and_no_other(rows: int) -> None:
+    case, x = layer(8, 64), seeded(rows, 256)
+    clean = dynamic_int8_linear(*case.args(x, 32))
+    case.scale[18, 2] = torch.nan
+    got = dynamic_int8_linear(*case.args(x, 32))
+    assert got[:, 18].isnan().all()
+    assert torch.equal(got[:, :18], clean[:, :18])
 
 
 def test_zeros_give_the_bias_and_nothing_gives_nothing() -> None:
@@ -188,9 +252,14 @@ def test_any_strides_and_leading_dimensions() -> None:
     expected = dynamic_int8_linear(*case.args(x.contiguous().view(6, 256), 32)).view(3, 2, 19)
     assert torch.equal(dynamic_int8_linear(*case.args(x, 32)), expected)
     assert torch.equal(dynamic_int8_linear(*case.args(x[1, 1], 32)), expected[1, 1])
-    strided = seeded(4, 512)[:, ::2]
-    got = dynamic_int8_linear(*case.args(strided, 32))
-    assert torch.equal(got, dynamic_int8_linear(*case.args(strided.contiguous(), 32)))
+    for rows in (4, 18):
+        strided = seeded(rows, 512)[:, ::2]
+        got = dynamic_int8_linear(*case.args(strided, 32))
+        assert torch.equal(got, dynamic_int8_linear(*case.args(strided.contiguous(), 32)))
+        shifted = torch.cat([torch.zeros(1), strided.flatten()]).bfloat16()[1:].view(rows, 256)  # no vector's alignment
+        assert torch.equal(
+            dynamic_int8_linear(*case.args(shifted, 32)), dynamic_int8_linear(*case.args(strided.bfloat16(), 32))
+        )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -207,8 +276,9 @@ def test_nothing_is_read_beyond_the_weight(bits: int) -> None:
         data
     )
     at_the_end.copy_(data)
-    x = seeded(3, k)
-    check(dynamic_int8_linear(x, at_the_end, case.scale, None, case.bias, 32), case, x, 32)
+    for rows in (3, 9):
+        x = seeded(rows, k)
+        check(dynamic_int8_linear(x, at_the_end, case.scale, None, case.bias, 32), case, x, 32)
     assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 3) == 0
 
 
@@ -232,6 +302,7 @@ def test_wrong_operands_raise_and_are_not_read() -> None:
         ((x, data, scale, zero, bias[:3], group), "bias must have one value"),
         ((x, data[:, ::2], scale, zero, bias, group), "contiguous matrix"),
         ((x.double(), data, scale, zero, bias, group), "float32, bfloat16 or float16"),
+        ((x.double().repeat(9, 1), data, scale, zero, bias, group), "float32, bfloat16 or float16"),
         ((x, data.int(), scale, zero, bias, group), "weights must be"),
         ((seeded(1, 2**18 + 32), torch.zeros(1, 2**18 + 32, dtype=torch.int8), scale[:1, :1].contiguous(), None, None,
           -1), "could overflow"),
@@ -243,8 +314,8 @@ def test_wrong_operands_raise_and_are_not_read() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_op_keeps_its_contract(bits: int) -> None:
     case = layer(bits, 64, symmetric=False)
-    for group in (32, -1):
-        torch.library.opcheck(dynamic_int8_linear, case.args(seeded(2, 3, 256).bfloat16(), group))
+    for group, rows in product((32, -1), (3, 9)):
+        torch.library.opcheck(dynamic_int8_linear, case.args(seeded(2, rows, 256).bfloat16(), group))
 
 
 def test_it_compiles_whole() -> None:
@@ -266,13 +337,15 @@ def test_the_reference_serves_a_gpu() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not cpu_kernels().loaded, reason="no compiler")
-@pytest.mark.parametrize("lanes", [8, 16])
-def test_the_layouts_of_vnni_by_emulation(lanes: int, tmp_path: Any) -> None:
-    """This file again, on vectors of AVX-VNNI's and AVX-512's width whose dot product is a loop."""
+@pytest.mark.parametrize("flag", ["-DINT8_EMULATED_LANES=8", "-DINT8_EMULATED_LANES=16", "-mno-avx512f"])
+def test_the_layouts_of_other_processors(flag: str, tmp_path: Any) -> None:
+    """This file again: on vectors of AVX-VNNI's and AVX-512's width with a loop for a dot product; without AVX-512."""
+    if flag.startswith("-m") and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("x86 only")
     script = (
         "import sys, pytest\n"
         "import optimizer.backends.kernels.build as build\n"
-        f"build.FLAGS += ('-DINT8_EMULATED_LANES={lanes}',)\n"
+        f"build.FLAGS += ({flag!r},)\n"
         "assert build.cpu_kernels().loaded, build.cpu_kernels().reason\n"
         f"sys.exit(pytest.main([{__file__!r}, '-q', '-p', 'no:cacheprovider', '-m', 'not slow and not gpu']))\n"
     )

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +18,8 @@ from torch import Tensor
 from optimizer.backends.kernels.build import cpu_kernels
 from tests.backends.kernels.linear_cases import DTYPES, Case, activations, bf16_case, quantized_case
 
-ROWS = (0, 1, 2, 3, 4, 5, 15, 16, 17, 33)  # every blocking of the GEMV, and the GEMM from 16
+ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33)
+"""Every blocking of the GEMV, the GEMM from 16, and that of bfloat16 instructions from 8 in tiles of 8."""
 
 CASES: dict[str, Callable[[], Case]] = {
     "bf16": bf16_case,
@@ -29,6 +37,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "int8-one-row": lambda: quantized_case(8, n=1, k=32, group=32, symmetric=False),
     "int4-many-rows": lambda: quantized_case(4, n=500, k=96, group=32),
 }
+AMX = torch.cpu._is_amx_tile_supported()  # there many bfloat16 rows are oneDNN's
 ONE_OF_EACH = ("bf16", "int4-g64-asym", "int8-g64-asym")
 
 
@@ -51,6 +60,38 @@ def test_op_and_reference_are_within_the_error_of_float32_accumulation(name: str
         x = activations(rows, case.exact.shape[1], dtype=dtype)
         case.check(case.op(*case.args(x)), x)
         case.check(case.reference(*case.args(x)), x)
+
+
+@pytest.mark.skipif(AMX, reason="weights are rounded to bfloat16 for AMX")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_many_bfloat16_rows_meet_integers_that_are_not_rounded(bits: int, symmetric: bool) -> None:
+    """A decoded weight has more bits than bfloat16, q - zero does not: what is left is the error of float32 sums.
+
+    Panels of 16 or 32 columns and the 16 pairs of a block are cut short by n and k.
+    """
+    for n, k, group, rows in product((1, 16, 17, 33, 70), (32, 96, 384), (32, -1), (16, 17, 33)):
+        case = quantized_case(bits, n=n, k=k, group=group, symmetric=symmetric, bias=torch.bfloat16)
+        assert case.bias is not None
+        x = activations(rows, k, dtype=torch.bfloat16)
+        got, product_ = case.op(*case.args(x)), x.double() @ case.exact.t() + case.bias.double()
+        sums = x.double().abs() @ case.exact.abs().t() + case.bias.double().abs()
+        error = (k + 16) * 2.0**-24 * sums  # linear_cases.py says why
+        off = (got.double() - product_).abs() - error - 2.0**-8 * (product_.abs() + error)
+        assert bool((off <= 0).all()), f"off by {float(off.max()):.3g}"
+
+
+def test_zero_points_need_not_be_integers() -> None:
+    """bfloat16 does not hold q - zero then, which costs what a decoded weight does."""
+    case = quantized_case(8, group=64, symmetric=False)
+    data, scale, zero = case.weight
+    assert scale is not None
+    assert zero is not None
+    moved = (scale.double().repeat_interleave(64, 1) * 0.3, data, scale, zero + 0.3)
+    case = replace(case, weight=moved[1:], exact=case.exact - moved[0], magnitude=case.magnitude + moved[0])
+    for rows, dtype in product((3, 20), DTYPES):
+        x = activations(rows, 256, dtype=dtype)
+        case.check(case.op(*case.args(x)), x, decoded=dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("make", [bf16_case, lambda **o: quantized_case(4, **o), lambda **o: quantized_case(8, **o)])
@@ -101,9 +142,12 @@ def test_strided_activations_give_what_their_copy_gives(name: str, dtype: torch.
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 @pytest.mark.parametrize("rows", [1, 5, 17])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite_spoils_its_own_row_only(name: str, rows: int, bad: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_value_that_is_not_finite_spoils_its_own_row_only(
+    name: str, rows: int, bad: float, dtype: torch.dtype
+) -> None:
     case = CASES[name]()
-    clean = activations(rows, 256)
+    clean = activations(rows, 256, dtype=dtype)
     spoilt = clean.clone()
     spoilt[rows // 2, 130] = bad
     for run in (case.op, case.reference):
@@ -115,9 +159,10 @@ def test_a_value_that_is_not_finite_spoils_its_own_row_only(name: str, rows: int
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [2, 16])
-def test_a_scale_that_is_not_finite_spoils_its_own_output_only(bits: int, rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scale_that_is_not_finite_spoils_its_own_output_only(bits: int, rows: int, dtype: torch.dtype) -> None:
     case = quantized_case(bits, group=64)
-    x = activations(rows, 256)
+    x = activations(rows, 256, dtype=dtype)
     before = case.op(*case.args(x))
     scale = case.weight[1]
     assert scale is not None
@@ -135,6 +180,18 @@ def test_rows_do_not_depend_on_their_company(name: str) -> None:
     whole = case.op(*case.args(x))
     for row in range(4):
         case.check(whole[row], x[row])
+    assert torch.equal(case.op(*case.args(x.flip(0))).flip(0), whole)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.skipif(AMX or not torch.cpu._is_avx512_bf16_supported(), reason="not our GEMM")
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_many_bfloat16_rows_do_not_depend_on_their_company(name: str) -> None:
+    case = CASES[name]()
+    x = activations(33, 256, dtype=torch.bfloat16)
+    whole = case.op(*case.args(x))
+    for rows in (8, 9, 16, 31):
+        assert torch.equal(case.op(*case.args(x[-rows:])), whole[-rows:])
     assert torch.equal(case.op(*case.args(x.flip(0))).flip(0), whole)
 
 
@@ -224,3 +281,31 @@ def test_the_reference_refuses_a_wrong_width(name: str) -> None:
     case = CASES[name]()
     with pytest.raises(RuntimeError):
         case.reference(*case.args(activations(2, 128)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    "flags",
+    [("-DBFLOAT16_EMULATED",), ("-DBFLOAT16_EMULATED", "-mno-avx512f"), ("-mno-avx512f",), ("-mamx-bf16",)],
+    ids=" ".join,
+)
+def test_the_kernels_of_other_processors(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """This file and that of the floats again: with the bfloat16 instruction spelt out, for AVX2, and for AMX.
+
+    The last leaves the GEMM to ATen, and uses no instruction of AMX itself.
+    """
+    if any(flag.startswith("-m") for flag in flags) and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("x86 only")
+    files = [__file__, str(Path(__file__).with_name("test_float_linear.py"))]
+    wanted = ["-m", "not slow and not gpu", "-k", "not many_bfloat16_rows" if "-mamx-bf16" in flags else ""]
+    script = (
+        "import sys, pytest\n"
+        "import optimizer.backends.kernels.build as build\n"
+        f"build.FLAGS += {flags!r}\n"
+        "assert build.cpu_kernels().loaded, build.cpu_kernels().reason\n"
+        f"sys.exit(pytest.main([*{files!r}, '-q', '-p', 'no:cacheprovider', *{wanted!r}]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
