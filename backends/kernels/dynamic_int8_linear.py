@@ -15,7 +15,8 @@ least N K / 2 + 4 N G bytes for 4-bit weights.
 
 On a CPU (`cpu/int8.h`) the inputs are rounded once, and a weight decoded once serves up to four of them. A sum of
 integers is kept in lanes (8, or 16 with AVX-512), which are scaled and added in float32. A row's result does not depend
-on the others in its batch. The instructions are vpdpbusd where there is VNNI, else vpmaddubsw and vpmaddwd (AVX2),
+on the others in its batch; with VNNI, from 8 rows on (`cpu/int8_gemm.h`), it is summed in another order.
+The instructions are vpdpbusd where there is VNNI, else vpmaddubsw and vpmaddwd (AVX2),
 else what the compiler makes of a loop. It has run with AVX2 alone and with AVX-512 VNNI; AVX-VNNI without AVX-512 has
 been compiled but not been run. All that differs there is `multiply` and the width of a vector.
 """
