@@ -9,11 +9,11 @@
     bias   [N], the activation type
 
 K and the group are multiples of 32. Accumulates in float32 and rounds once. Moves at least N K / 2 + 4 N G bytes
-of weights. On a CPU (`cpu/linear.h`): fewer than 16 rows run as a GEMV that decodes weights in registers, more decode
-the weight once and call a GEMM. That is sgemm, but for bfloat16 activations on a processor with bfloat16 instructions:
-there the decoded weight is rounded to bfloat16 as well, as a plain checkpoint's would be. On a CUDA device
-(`weight_only.py`): up to 64 rows of 16 bits multiply on the tensor cores while the weight is decoded in registers,
-from this same layout; everything else decodes the weight once and calls cuBLAS.
+of weights. On a CPU (`cpu/linear.h`): a few rows run as a GEMV that decodes weights in registers; more decode the
+weight once, for sgemm from 16 rows on. With bfloat16 activations and instructions our own GEMM starts at 8 rows, on
+weights that are not rounded (`cpu/bf16_gemm.h`); with AMX it is ATen's, on the weight rounded to bfloat16.
+On a CUDA device (`weight_only.py`): up to 64 rows of 16 bits multiply on the tensor cores while the weight is decoded
+in registers, from this same layout; everything else decodes the weight once and calls cuBLAS.
 """
 
 from __future__ import annotations
