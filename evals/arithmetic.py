@@ -177,6 +177,31 @@ def all_reduce_bytes(d_model: int, batch: int, element_bytes: float = 2, per_lay
     return per_layer * d_model * batch * element_bytes
 
 
+# Communication: a fixed latency, then what the slowest GPU must send over its bandwidth
+
+
+def all_reduce_seconds(payload_bytes: float, ranks: int, bandwidth: float, latency_seconds: float = 0.0) -> float:
+    """A ring's reduce-scatter and all-gather: each of n ranks sends 2·(n − 1)/n of the payload.
+
+    The least that any all-reduce without help from a switch can send (Patarasuk, Yuan 2009,
+    https://doi.org/10.1016/j.jpdc.2008.09.002). One rank sends nothing and waits for nobody.
+    """
+    _require(ranks >= 1, "all_reduce_seconds", "ranks must be at least 1", ranks=ranks)
+    return 0.0 if ranks == 1 else latency_seconds + 2 * (ranks - 1) / ranks * payload_bytes / bandwidth
+
+
+def all_to_all_seconds(payload_bytes: float, ranks: int, bandwidth: float, latency_seconds: float = 0.0) -> float:
+    """Each of n ranks keeps 1/n of its payload and sends the rest to the others."""
+    _require(ranks >= 1, "all_to_all_seconds", "ranks must be at least 1", ranks=ranks)
+    return 0.0 if ranks == 1 else latency_seconds + (ranks - 1) / ranks * payload_bytes / bandwidth
+
+
+def transfer_seconds(payload_bytes: float, links: int, bandwidth: float, latency_seconds: float = 0.0) -> float:
+    """A payload cut evenly over `links` that send at once, such as a cache handed from prefill to decode."""
+    _require(links >= 1, "transfer_seconds", "links must be at least 1", links=links)
+    return latency_seconds + payload_bytes / (links * bandwidth)
+
+
 # Metrics
 
 

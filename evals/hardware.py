@@ -2,7 +2,10 @@
 
 They label a machine and plan for one that is absent. Where the device is present, utilisation is divided by what
 `optimizer.evals.ceilings` measures on it. Sources: NVIDIA's data sheets, e.g. https://www.nvidia.com/en-us/data-center/h100/
-(whose footnoted figures with sparsity are twice the dense ones).
+(whose footnoted figures with sparsity are twice the dense ones). Data sheets give NVLink as the sum of both directions
+(900 GB/s for an H100); a collective is bound by what a GPU can send, so `link_bandwidth` is half of that. The network
+is one GPU's share of the adapters of the eight-GPU DGX machine, e.g. eight of 400 Gbit/s in a DGX H100
+(https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html).
 """
 
 from __future__ import annotations
@@ -17,13 +20,20 @@ from optimizer.evals.roofline import Roofline
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU's peak rates in FLOP/s, memory bandwidth in bytes/s and memory in bytes (GB = 1e9)."""
+    """A GPU's peak rates in FLOP/s, memory bandwidth in bytes/s and memory in bytes (GB = 1e9).
+
+    `link_bandwidth` and `network_bandwidth` are bytes/s that it can send to its neighbours in a machine of `node` GPUs
+    and to other machines.
+    """
 
     name: str
     fp16_flops: float
     fp8_flops: float | None
     bandwidth: float
     memory_bytes: float
+    link_bandwidth: float
+    network_bandwidth: float
+    node: int = 8
 
     @property
     def ridge(self) -> float:
@@ -45,11 +55,11 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("V100 SXM", 125e12, None, 0.90e12, 32e9),
-    Gpu("A100 SXM 80", 312e12, None, 2.04e12, 80e9),
-    Gpu("H100 SXM", 989.4e12, 1979e12, 3.35e12, 80e9),
-    Gpu("H200 SXM", 989.4e12, 1979e12, 4.80e12, 141e9),
-    Gpu("B200", 2250e12, 4500e12, 8.00e12, 192e9),
+    Gpu("V100 SXM", 125e12, None, 0.90e12, 32e9, 150e9, 6.25e9),
+    Gpu("A100 SXM 80", 312e12, None, 2.04e12, 80e9, 300e9, 25e9),
+    Gpu("H100 SXM", 989.4e12, 1979e12, 3.35e12, 80e9, 450e9, 50e9),
+    Gpu("H200 SXM", 989.4e12, 1979e12, 4.80e12, 141e9, 450e9, 50e9),
+    Gpu("B200", 2250e12, 4500e12, 8.00e12, 192e9, 900e9, 50e9),
 )
 
 _DECORATION = re.compile(r"nvidia|tesla|sxm\d?|hbm\d?e?|[^a-z0-9]")

@@ -323,21 +323,41 @@ def roofline(
     prompt: Annotated[int, typer.Option(min=1)] = 4096,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     context: Annotated[int, typer.Option(min=0, help="Tokens cached before a decode step.")] = 0,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a fleet; the options below need it.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallel; the best division if none is given.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Groups that share the experts.")] = None,
+    microbatches: Annotated[int | None, typer.Option(min=1, help="In a pipeline; its depth unless given.")] = None,
+    interconnect: Annotated[float | None, typer.Option(help="GB/s that a GPU sends in its machine.")] = None,
+    network: Annotated[float | None, typer.Option(help="GB/s that a GPU sends to other machines.")] = None,
+    latency_us: Annotated[float | None, typer.Option(help="Of a collective; 5 unless given.")] = None,
+    imbalance: Annotated[float | None, typer.Option(help="Tokens of the busiest experts over the mean; 1.")] = None,
+    reserve: Annotated[float | None, typer.Option(help="GB of each GPU to keep free.")] = None,
+    output: Annotated[int | None, typer.Option(min=2, help="Tokens that a request asks for; 512.")] = None,
+    load: Annotated[float | None, typer.Option(help="Requests a second to serve.")] = None,
+    ttft_ms: Annotated[float | None, typer.Option(help="The objective for the first token.")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(help="The objective for each later one.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a GPU hour, in any currency.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The floor under prefill and decode times: FLOPs, bytes, intensity, and what bounds them."""
+    """The floor under prefill and decode times: FLOPs, bytes, intensity, and what bounds them; of a fleet, too."""
     with _errors_to_exit(as_json):
         from optimizer.display import progress_for
+        from optimizer.fleet_command import FleetOptions
         from optimizer.roofline_command import analyse, describe
 
+        fleet = FleetOptions(
+            gpus, tp, pp, ep, microbatches, interconnect, network, latency_us, imbalance, reserve, output, load,
+            ttft_ms, tpot_ms, price,
+        )  # fmt: skip
         progress = progress_for(quiet or gpu != "measured")
         with progress, progress.phase("measure this machine"):
             found = analyse(
                 model, params, {"layers": layers, "d_model": d_model, "heads": heads, "kv_heads": kv_heads,
                                 "head_dim": head_dim},
                 gpu=gpu, bits=bits, group_size=group_size, kv_bits=kv_bits, prompt=prompt, batch=batch,
-                context=context,
+                context=context, fleet=fleet,
             )  # fmt: skip
         if as_json:
             _echo_json(found)

@@ -11,13 +11,17 @@ from optimizer.errors import UsageError
 from optimizer.evals.architecture import from_config, from_parameters
 from optimizer.evals.hardware import find_gpu
 from optimizer.evals.roofline import ModelShape, Precision, Roofline, StepCost
+from optimizer.fleet_command import FleetOptions, analyse_fleet, describe_fleet
 
 
 def analyse(
     model: str | None, params: float | None, sizes: dict[str, int], *, gpu: str, bits: int, group_size: int | None,
-    kv_bits: int, prompt: int, batch: int, context: int,
+    kv_bits: int, prompt: int, batch: int, context: int, fleet: FleetOptions = FleetOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:  # fmt: skip
-    """FLOPs, bytes, intensity, bound and floor of prefill and of one decode step, as plain data in base units."""
+    """FLOPs, bytes, intensity, bound and floor of prefill and of one decode step, as plain data in base units.
+
+    A `fleet` adds what its GPUs do together.
+    """
     for name, value, valid in (("bits", bits, (4, 8, 16)), ("kv-bits", kv_bits, (4, 8, 16))):
         if value not in valid:
             raise UsageError(f"--{name} is {value}; use one of {', '.join(map(str, valid))}.")
@@ -34,6 +38,11 @@ def analyse(
         label = f"{params:.3g} parameters"
     else:
         shape, label = from_config(_config(str(model)), weights=weights, kv=kv), str(model)
+    together = (
+        {}
+        if fleet.gpus is None
+        else {"fleet": analyse_fleet(shape, gpu, fleet, prompt=prompt, batch=batch, context=context)}
+    )
     device, ceiling = _device(gpu)
     prefill, decode = shape.prefill(batch, prompt), shape.decode(batch, context)
     return {
@@ -47,6 +56,7 @@ def analyse(
         "decode": {"batch": batch, "context": context, **_phase(decode, ceiling),
                    "tokens_per_second": decode.tokens_per_second(ceiling)},
         "by_kind": _by_kind(shape, batch, context),
+        **together,
     }  # fmt: skip
 
 
@@ -64,7 +74,7 @@ def describe(found: dict[str, Any]) -> str:
         "one decode step: "
         + ", ".join(f"{kind} {part['bytes'] / 1e9:.3g} GB" for kind, part in found["by_kind"].items() if part["bytes"]),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + (describe_fleet(found["fleet"]) if "fleet" in found else []))
 
 
 def _line(phase: dict[str, Any]) -> str:
