@@ -83,6 +83,17 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """What is measured once of the original, for every run that is compared with it: its quality, and this machine.
+
+    It belongs to one model and to the recipes that share its `evaluation` and workload batch.
+    """
+
+    quality: QualityResult
+    ceilings: Ceilings
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Everything the job found; `optimizer.api` turns it into a report and an artifact."""
 
@@ -124,23 +135,23 @@ def run(
     calibration: Calibration | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
+    baseline: Baseline | None = None,
 ) -> Outcome:
     """Carry out `recipe` on a loaded model, with `calibration` for the passes that calibrate.
 
     The caller's model stays as it was unless `inplace`: then it becomes the optimized one, whatever the verdict.
+    `baseline` is what `measure_baseline` found of this model for this evaluation; without it, it is measured now.
     """
     progress = progress or Progress()
-    if source.tokenizer is None:
-        raise UsageError(f"{source.name} has no tokenizer, which the evaluation needs. Pass tokenizer=.")
+    original = original_runner(source)
     model = source.model
-    baseline = EagerRunner(view(model), source.tokenizer)  # a view: a runner puts its model in eval mode
     workload = Workload(recipe.workload.batch, recipe.workload.prompt, recipe.workload.output)
     context = Context(
         tokenizer=source.tokenizer, batch=workload.batch, progress=progress.update, calibration=calibration,
-        scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(_median_seconds, device=baseline.device),
+        scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(_median_seconds, device=original.device),
     )  # fmt: skip
     passes = recipe.build_passes()
-    _check_workload(baseline, workload)
+    _check_workload(original, workload)
     if recipe.serving is not None and not any(isinstance(p, Decode) and p.cache == "paged" for p in passes):
         raise UsageError("serving: requests that come and go need the pass `decode` with `cache: paged`. Add it.")
     # A second pass of a kind may rest on what the first did, so it is checked when its turn comes.
@@ -149,11 +160,10 @@ def run(
         if isinstance(step, Quantize):
             layers, _ = step.layers(model)
             check_layout(recipe.layout, {n: (step.scheme, m.out_features, m.in_features) for n, m in layers.items()})
-    with progress.phase("baseline quality"):
-        before = _quality(_reference(baseline), recipe, progress)
-    with progress.phase("measure ceilings"):
-        ceilings = measure_ceilings(baseline.device, progress=lambda share: progress.update("probes", share, 1))
-    # Another view keeps the baseline intact for the timed comparison.
+    if baseline is None:
+        baseline = measure_baseline(original, recipe, progress)
+    before, ceilings = baseline.quality, baseline.ceilings
+    # Another view keeps the original intact for the timed comparison.
     optimized = view(model)
     reports = apply_passes(optimized, passes, context, progress)
     runner = context.make_runner(optimized, source.tokenizer)
@@ -164,7 +174,7 @@ def run(
         after = _quality(runner, recipe, progress)
     comparisons = compare(before, after, confidence=recipe.evaluation.confidence, seed=recipe.seed)
     with progress.phase("speed"):
-        speed = measure_speed(baseline, runner, workload, ceilings, recipe, progress)
+        speed = measure_speed(original, runner, workload, ceilings, recipe, progress)
     sizes = weight_bytes(model), weight_bytes(optimized)
     found = {**evidence(comparisons), **_speed_evidence(speed), **_size_evidence(*sizes)}
     found["kv.ratio"] = Measurement(runner.kv_bytes_per_token / runner.original_kv_bytes_per_token)
@@ -182,6 +192,22 @@ def run(
     if inplace:
         vars(model).update(vars(optimized))  # modules, and what a pass changed in the configuration
     return outcome
+
+
+def original_runner(source: Source) -> EagerRunner:
+    """The model as it was given, run as its users run it. `UsageError` where it has no tokenizer."""
+    if source.tokenizer is None:
+        raise UsageError(f"{source.name} has no tokenizer, which the evaluation needs. Pass tokenizer=.")
+    return EagerRunner(view(source.model), source.tokenizer)  # a view: a runner puts its model in eval mode
+
+
+def measure_baseline(original: BaseRunner, recipe: Recipe, progress: Progress) -> Baseline:
+    """Evaluate the original on the recipe's tasks, and measure what its device reaches."""
+    with progress.phase("baseline quality"):
+        quality = _quality(_reference(original), recipe, progress)
+    with progress.phase("measure ceilings"):
+        ceilings = measure_ceilings(original.device, progress=lambda share: progress.update("probes", share, 1))
+    return Baseline(quality, ceilings)
 
 
 def apply_passes(model: Any, passes: Iterable[Pass], context: Context, progress: Progress) -> list[PassReport]:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from optimizer import pipeline
 from optimizer.backends.runner import EagerRunner
-from optimizer.errors import DeviceError, UsageError
+from optimizer.errors import DeviceError, OptimizerError, UsageError
 from optimizer.evals.roofline import Load, OpCost, StepCost
 from optimizer.passes.base import Context
 from optimizer.passes.quantize import Quantize
@@ -230,6 +230,25 @@ def test_the_costs_name_every_phase(sound: Outcome) -> None:
         "optimized quality", "speed",
     ]  # fmt: skip
     assert all(seconds >= 0 for seconds in sound.costs.values())
+
+
+def test_a_baseline_measured_before_is_used_and_changes_no_verdict(
+    source: Source, sound: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe({"metric": PERPLEXITY, "at_most": 1.05}, tasks=TASKS)
+    baseline = pipeline.measure_baseline(pipeline.original_runner(source), asked, Progress())
+    monkeypatch.setattr(pipeline, "measure_baseline", lambda *_: pytest.fail("the baseline was measured again"))
+    outcome = run(source, asked, baseline=baseline)
+    assert outcome.ceilings == baseline.ceilings
+    assert outcome.evidence[PERPLEXITY] == sound.evidence[PERPLEXITY]
+    assert not {"baseline quality", "measure ceilings"} & outcome.costs.keys()
+
+
+def test_a_baseline_of_other_documents_is_refused(source: Source) -> None:
+    other = recipe({"metric": PERPLEXITY, "at_most": 1.05}, tasks={"reference_perplexity": 1})
+    baseline = pipeline.measure_baseline(pipeline.original_runner(source), other, Progress())
+    with pytest.raises(OptimizerError, match="reference_"):
+        run(source, recipe({"metric": PERPLEXITY, "at_most": 1.05}, tasks=TASKS), baseline=baseline)
 
 
 def test_the_passes_are_reported_in_order_with_what_they_matched(sound: Outcome) -> None:
