@@ -3,6 +3,9 @@
 A floor names a metric and the least (`at_least`) or most (`at_most`) it may be. With `bound="interval"` the
 pessimistic end of the confidence interval must satisfy it, so that noise cannot pass a model; a metric without an
 interval is judged by its value. What was not measured, or is not a finite number, fails.
+
+A floor is missed for one of two reasons, which its verdict tells apart: the model is worse than the limit, or there
+were too few samples to tell. In the second case the reason says how many the limit needs; see `optimizer.evals.power`.
 """
 
 from __future__ import annotations
@@ -14,17 +17,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optimizer.errors import UsageError
+from optimizer.evals.power import Sampling
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measured value, its confidence interval where one exists, how many samples it rests on, and its unit."""
+    """A measured value, its confidence interval where one exists, how many samples it rests on, and its unit.
+
+    `sampling` says how the value varies from sample to sample, where that is known.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
     samples: int | None = None
     unit: str = ""
+    sampling: Sampling | None = None
 
     def __str__(self) -> str:
         ends = "" if self.low is None and self.high is None else f" [{_number(self.low)}, {_number(self.high)}]"
@@ -63,12 +71,18 @@ class Floor:
 
 @dataclass(frozen=True)
 class FloorVerdict:
-    """Whether one floor holds, the measurement it was judged on (None when missing) and why."""
+    """Whether one floor holds, the measurement it was judged on (None when missing) and why.
+
+    `inconclusive` is a miss that more samples may turn: the optimistic end of the interval holds. `items_needed` is how
+    many a model without loss needs to pass, where that can be said.
+    """
 
     floor: Floor
     measurement: Measurement | None
     passed: bool
     reason: str
+    inconclusive: bool = False
+    items_needed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,17 +110,39 @@ def _judge_one(floor: Floor, evidence: Mapping[str, Measurement]) -> FloorVerdic
         return FloorVerdict(floor, None, False, _missing(floor, evidence))
     end_name, end = ("low", measured.low) if floor.at_least is not None else ("high", measured.high)
     by_interval = floor.bound == "interval" and end is not None
+    needed = None
+    if measured.sampling is not None and by_interval:
+        needed = measured.sampling.items(floor.limit)
     # The value must hold as well, so an interval that does not contain its own value cannot pass a ruined one.
     judged = {"value": measured.value} | ({f"{end_name} end of the interval": end} if by_interval else {})
     for name, number in judged.items():
         if number is None or not math.isfinite(number):
-            return FloorVerdict(
-                floor, measured, False, f"{floor}: the {name} is {_number(number)}, not a finite number"
-            )
-        holds = number >= floor.limit if floor.at_least is not None else number <= floor.limit
-        if not holds:
-            return FloorVerdict(floor, measured, False, f"{floor} is missed: the {name} is {number:.6g} ({measured})")
-    return FloorVerdict(floor, measured, True, f"{floor} holds: {measured}")
+            reason = f"{floor}: the {name} is {_number(number)}, not a finite number"
+            return FloorVerdict(floor, measured, False, reason, items_needed=needed)
+        if not _holds(floor, number):
+            other = measured.high if floor.at_least is not None else measured.low
+            open_still = by_interval and other is not None and _holds(floor, other)
+            reason = f"{floor} is missed: the {name} is {number:.6g} ({measured})"
+            if open_still:
+                reason += f"; the interval does not exclude that it holds{_too_few(measured, needed)}"
+            return FloorVerdict(floor, measured, False, reason, open_still, needed)
+    return FloorVerdict(floor, measured, True, f"{floor} holds: {measured}", items_needed=needed)
+
+
+def _holds(floor: Floor, number: float) -> bool:
+    return number >= floor.limit if floor.at_least is not None else number <= floor.limit
+
+
+def _too_few(measured: Measurement, needed: int | None) -> str:
+    """How many samples the limit needs, where that is more than there were."""
+    if measured.sampling is None or measured.samples is None or (needed is not None and needed <= measured.samples):
+        return ""
+    if needed is None:
+        return ", and no number of items can show it to be within"
+    return (
+        f", and this limit needs about {needed:,} items for a model without loss to pass with probability "
+        f"{measured.sampling.power:g}; there were {measured.samples:,}"
+    )
 
 
 def judge(floors: Sequence[Floor], evidence: Mapping[str, Measurement]) -> Verdict:

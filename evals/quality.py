@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 from optimizer.errors import DataError, UsageError
 from optimizer.evals.gate import Measurement
+from optimizer.evals.noninferiority import Loss, paired_loss
+from optimizer.evals.power import Sampling
 from optimizer.evals.runner import Runner
 from optimizer.evals.statistics import Flips, Interval, Kind, compare_paired, mcnemar, standard_error
 
@@ -64,7 +66,7 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class QualityResult:
-    """Every metric of a run, and lm-eval's own results without the logged samples.
+    """Every metric of a run, lm-eval's own results, and its logged samples by task.
 
     `non_finite` counts requests whose log-likelihood was NaN or infinite; anything above 0 means a broken model.
     """
@@ -72,6 +74,7 @@ class QualityResult:
     metrics: tuple[MetricResult, ...]
     non_finite: int
     lm_eval: dict[str, Any] = field(repr=False, default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(repr=False, default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class MetricComparison:
     """One metric of the baseline and the optimized model, paired document by document.
 
     `ratio` is optimized/baseline: "recovery" where higher is better, "perplexity ratio" or "ratio" where lower is.
-    `difference` is optimized − baseline. `flips` is None for metrics that are not 0/1.
+    `difference` is optimized − baseline. `flips` is None for metrics that are not 0/1. `loss` is how much worse the
+    optimized model is, bounded for a test of non-inferiority; None for metrics that are not a function of a mean.
     """
 
     task: str
@@ -94,6 +98,8 @@ class MetricComparison:
     flips: Flips | None
     samples: int
     confidence: float
+    kind: Kind | None = None
+    loss: Loss | None = None
 
 
 @contextlib.contextmanager
@@ -170,8 +176,12 @@ def _saturating(aggregate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return saturating
 
 
-def _chosen(tasks: Mapping[str, Any], limit: int | Mapping[str, int] | None) -> dict[str, range] | None:
-    """The first documents of each task, as lm-eval's `samples`; None for all."""
+def _chosen(
+    tasks: Mapping[str, Any], limit: int | Mapping[str, int] | None, documents: Mapping[str, range] | None
+) -> dict[str, range] | None:
+    """The documents of each task, as lm-eval's `samples`: those given, or the first `limit`; None for all."""
+    if documents is not None:
+        return dict(documents)
     if limit is None:
         return None
     limits = limit if isinstance(limit, Mapping) else dict.fromkeys(tasks, limit)
@@ -220,6 +230,7 @@ def evaluate(
     tasks: Sequence[str],
     *,
     limit: int | Mapping[str, int] | None = None,
+    documents: Mapping[str, range] | None = None,
     batch_size: int = 16,
     generate_batch: int | None = None,
     max_length: int | None = None,
@@ -229,7 +240,8 @@ def evaluate(
     """Run lm-eval `tasks` on `runner`.
 
     `batch_size` rows are scored at a time, `generate_batch` generated (the batch that is deployed, for a runner that
-    compiles each). `limit` takes the first documents of every task, or of each named one. `max_length` bounds the
+    compiles each). `limit` takes the first documents of every task, or of each named one; `documents` instead names
+    them by task, and each task must have some: see `task_sizes`. `max_length` bounds the
     window in tokens. `seed` draws few-shot examples and samples, if a task does either. `progress` receives the kind
     of request, how many are done and how many there are. The caller's random states, environment and logging stay.
 
@@ -248,9 +260,19 @@ def evaluate(
             progress=progress,
         )  # fmt: skip
         # lm-eval's standard errors are switched off: they fork processes and print. Ours are computed in `_collect`.
-        results = run(model, loaded, samples=_chosen(loaded["tasks"], limit), bootstrap_iters=0, log_samples=True)
+        chosen = _chosen(loaded["tasks"], limit, documents)
+        results = run(model, loaded, samples=chosen, bootstrap_iters=0, log_samples=True)
         metrics = tuple(_collect(loaded["tasks"], results))
-    return QualityResult(metrics, model.non_finite, {key: part for key, part in results.items() if key != "samples"})
+    rest = {key: part for key, part in results.items() if key != "samples"}
+    return QualityResult(metrics, model.non_finite, rest, dict(results["samples"]))
+
+
+def task_sizes(tasks: Sequence[str], limit: Mapping[str, int] | None = None, *, seed: int = 0) -> dict[str, int]:
+    """How many documents each task has, a group by its tasks, and no more than its `limit`."""
+    with _left_as_found(seed):
+        loaded = _load(tasks, seed)["tasks"]
+        chosen = _chosen(loaded, limit or None, None) or {}
+        return {name: len(chosen.get(name, task.eval_docs)) for name, task in loaded.items()}
 
 
 def _ratio_name(result: MetricResult) -> RatioName:
@@ -259,18 +281,24 @@ def _ratio_name(result: MetricResult) -> RatioName:
     return "perplexity ratio" if result.kind == "perplexity" else "ratio"
 
 
-def _compare_one(before: MetricResult, after: MetricResult, options: Mapping[str, Any]) -> MetricComparison:
+def _compare_one(
+    before: MetricResult, after: MetricResult, options: Mapping[str, Any], alpha: float
+) -> MetricComparison:
     if before.documents != after.documents or before.weights != after.weights:
         raise DataError(
             f"{before.task} {before.metric}: the baseline answered {len(before.documents)} documents and the optimized "
             f"model {len(after.documents)}, or not the same ones; evaluate both with the same tasks, limit and data"
         )
-    flips = None
+    flips, loss = None, None
     if before.kind is None:
         ratio = after.value / before.value if before.value > 0 else math.nan
         pair = tuple(Interval(value, -math.inf, math.inf) for value in (ratio, after.value - before.value))
     else:
         pair = compare_paired(before.totals, after.totals, before.weights, kind=before.kind, **options)
+        loss = paired_loss(
+            before.totals, after.totals, before.weights, kind=before.kind, higher_is_better=before.higher_is_better,
+            alpha=alpha,
+        )  # fmt: skip
         if before.kind == "mean" and set(before.totals) | set(after.totals) <= {0.0, 1.0}:
             flips = mcnemar(before.totals, after.totals)
     return MetricComparison(
@@ -284,6 +312,8 @@ def _compare_one(before: MetricResult, after: MetricResult, options: Mapping[str
         flips=flips,
         samples=len(before.documents),
         confidence=options["confidence"],
+        kind=before.kind,
+        loss=loss,
     )
 
 
@@ -294,8 +324,11 @@ def compare(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    alpha: float | Mapping[str, float] = 0.05,
 ) -> list[MetricComparison]:
     """Compare two runs metric by metric, document by document, in the order of the baseline.
+
+    `alpha` is the one-sided error rate of each loss's bounds, for all tasks or by task.
 
     Raises `DataError` when the runs do not hold the same metrics over the same documents. A metric that is not a
     function of a mean has no paired interval: its ratio is unbounded, so a gate on its interval does not pass.
@@ -308,13 +341,19 @@ def compare(
             "evaluate both models on the same tasks"
         )
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
-    return [_compare_one(result, found[result.key], options) for result in baseline.metrics]
+    levels = alpha if isinstance(alpha, Mapping) else {result.task: alpha for result in baseline.metrics}
+    return [_compare_one(result, found[result.key], options, levels[result.task]) for result in baseline.metrics]
 
 
-def evidence(comparisons: Sequence[MetricComparison]) -> dict[str, Measurement]:
-    """What the gate judges: `quality.<task>.<metric>.recovery`, or `.ratio` where lower is better.
+def evidence(comparisons: Sequence[MetricComparison], *, power: float = 0.8) -> dict[str, Measurement]:
+    """What the gate judges, `quality.<task>.<metric>.` and then
+
+    - `recovery`, or `ratio` where lower is better: optimized over baseline, with an interval of `confidence`;
+    - `loss`: how much worse the optimized model is, with one-sided bounds: see `noninferiority`;
+    - `flip_rate`, `lost_rate`, `gained_rate`: shares of 0/1 answers that changed, went wrong, and became right.
 
     A task scored under several filters has one entry for each, its metric written as lm-eval does: `metric,filter`.
+    `power` is what the number of items that a limit needs is for.
     """
     filters: dict[tuple[str, str], int] = {}
     for item in comparisons:
@@ -322,6 +361,35 @@ def evidence(comparisons: Sequence[MetricComparison]) -> dict[str, Measurement]:
     measured = {}
     for item in comparisons:
         metric = item.metric if filters[item.task, item.metric] == 1 else f"{item.metric},{item.filter}"
-        name = f"quality.{item.task}.{metric}.{'recovery' if item.higher_is_better else 'ratio'}"
-        measured[name] = Measurement(item.ratio.value, item.ratio.low, item.ratio.high, item.samples)
+        stem = f"quality.{item.task}.{metric}"
+        ratio, loss = item.ratio, item.loss
+        name = f"{stem}.{'recovery' if item.higher_is_better else 'ratio'}"
+        measured[name] = Measurement(ratio.value, ratio.low, ratio.high, item.samples, sampling=_of_ratio(item, power))
+        if loss is not None:
+            log = item.kind == "perplexity"
+            sampling = Sampling(loss.deviation, loss.alpha, power, log=log, flip_rate=loss.flip_rate)
+            measured[f"{stem}.loss"] = Measurement(loss.value, loss.low, loss.high, item.samples, sampling=sampling)
+        if item.flips is not None:
+            lost, gained = item.flips.lost, item.flips.gained
+            for word, count in (("flip", lost + gained), ("lost", lost), ("gained", gained)):
+                measured[f"{stem}.{word}_rate"] = _share(count, item.samples, item.confidence)
     return measured
+
+
+def _of_ratio(item: MetricComparison, power: float) -> Sampling | None:
+    """How a ratio varies, from how its difference does: near 1, ratio - 1 is the difference over the baseline."""
+    if item.loss is None or not item.baseline > 0:
+        return None
+    unit = {"mean": item.baseline, "perplexity": 1.0, "bits": item.baseline}[item.kind or "mean"]
+    return Sampling(
+        item.loss.deviation, (1 - item.confidence) / 2, power, 1.0, -1 if item.higher_is_better else 1, unit,
+        item.kind == "perplexity", item.loss.flip_rate,
+    )  # fmt: skip
+
+
+def _share(count: int, samples: int, confidence: float) -> Measurement:
+    """A share of the items with its exact interval (Clopper and Pearson 1934, https://doi.org/10.2307/2331986)."""
+    from scipy.stats import binomtest
+
+    ends = binomtest(count, samples).proportion_ci(confidence)
+    return Measurement(count / samples, float(ends.low), float(ends.high), samples)
