@@ -5,9 +5,10 @@ differ on many answers. The Kullback-Leibler divergence from the baseline's dist
 
     KL = Σ_v P(v) · (log P(v) - log Q(v))        nats a token, 0 only if they agree,
 
-sees every change, at every position of a text (https://arxiv.org/abs/2407.09141 relates it to flipped answers). Reported
-are its mean over tokens, its 99th percentile (a few wrecked positions hide in a mean), and top-1 agreement, the share of
-positions at which both would choose the same token. Intervals are over documents: the tokens of one are not independent.
+sees every change, at every position of a text (https://arxiv.org/abs/2407.09141 relates it to flipped answers).
+Reported are its mean over tokens, its 99th percentile (a few wrecked positions hide in a mean), and top-1 agreement,
+the share of positions at which both would choose the same token. Intervals are over documents: the tokens of one are
+not independent.
 
 Both models run on the same rows before the next are begun, and probabilities are taken of `CHUNK_BYTES` of logits at a
 time in float32, so memory holds the logits of one batch of rows, whatever the amount of text. Where vocabularies are

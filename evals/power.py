@@ -24,6 +24,10 @@ from optimizer.errors import UsageError
 from optimizer.evals.noninferiority import check_alpha, score_statistic
 
 
+_MOST = 1e8
+"""Square root of more items than anything has."""
+
+
 def _deviations(margin: float, loss: float, flips: float | None, deviation: float | None) -> tuple[float, float]:
     """s0 and s1 of the module, of one item."""
     if (flips is None) == (deviation is None):
@@ -35,6 +39,8 @@ def _deviations(margin: float, loss: float, flips: float | None, deviation: floa
     assert flips is not None
     if not abs(loss) <= flips <= 1:
         raise UsageError(f"flips is {flips}; it is a share of the items, and at least the loss of {loss}")
+    if margin > 1:
+        raise UsageError(f"the margin is {margin}; 0/1 answers cannot lose more than 1")
     share_lost, share_gained = (flips + loss) / 2, (flips - loss) / 2
     # z of expected counts is (loss - margin)·√n / s0, here of one item.
     z = float(score_statistic(share_lost, share_gained, 1.0, margin))
@@ -70,7 +76,10 @@ def items_needed(
     if not 0 < power < 1:
         raise UsageError(f"power is {power}; it lies between 0 and 1, 0.8 and 0.95 are usual")
     null, true = _deviations(margin, loss, flips, deviation)
-    count = (max(critical * null + float(ndtri(power)) * true, 0.0) / (margin - loss)) ** 2
+    root = max(critical * null + float(ndtri(power)) * true, 0.0) / (margin - loss)
+    if not root < _MOST:
+        raise UsageError(f"a margin of {margin} needs more than {_MOST**2:.0e} items; give a larger one")
+    count = root**2
     if flips is None:
         count += critical**2 / 2  # Student's t is wider than the normal (Guenther 1981)
     return max(math.ceil(count), 1 if flips is not None else 2)
@@ -124,7 +133,10 @@ class Sampling:
     def items(self, limit: float) -> int | None:
         """Items that a model without loss needs to pass at `limit`; None where no number is enough or it is unknown."""
         margin = self.margin(limit)
-        if not (0 < margin < math.inf and math.isfinite(self.deviation)):
+        binary = self.flip_rate is not None
+        if not (0 < margin < math.inf and math.isfinite(self.deviation)) or self.deviation > margin * _MOST / 10:
             return None
-        spread = {"deviation": self.deviation} if self.flip_rate is None else {"flips": self.flip_rate}
-        return items_needed(margin, alpha=self.alpha, power=self.power, **spread)
+        if binary and not 1e-6 < margin:
+            return None
+        spread = {"flips": self.flip_rate} if binary else {"deviation": self.deviation}
+        return items_needed(min(margin, 1.0) if binary else margin, alpha=self.alpha, power=self.power, **spread)

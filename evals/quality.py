@@ -69,12 +69,14 @@ class QualityResult:
     """Every metric of a run, lm-eval's own results, and its logged samples by task.
 
     `non_finite` counts requests whose log-likelihood was NaN or infinite; anything above 0 means a broken model.
+    `levels` holds the one-sided level of the tests of each task that was looked at more than once: see `sequential`.
     """
 
     metrics: tuple[MetricResult, ...]
     non_finite: int
     lm_eval: dict[str, Any] = field(repr=False, default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(repr=False, default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -324,11 +326,11 @@ def compare(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-    alpha: float | Mapping[str, float] = 0.05,
+    alpha: float = 0.05,
 ) -> list[MetricComparison]:
     """Compare two runs metric by metric, document by document, in the order of the baseline.
 
-    `alpha` is the one-sided error rate of each loss's bounds, for all tasks or by task.
+    `alpha` is the one-sided error rate of each loss's bounds, but for the tasks in `optimized.levels`.
 
     Raises `DataError` when the runs do not hold the same metrics over the same documents. A metric that is not a
     function of a mean has no paired interval: its ratio is unbounded, so a gate on its interval does not pass.
@@ -341,8 +343,8 @@ def compare(
             "evaluate both models on the same tasks"
         )
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
-    levels = alpha if isinstance(alpha, Mapping) else {result.task: alpha for result in baseline.metrics}
-    return [_compare_one(result, found[result.key], options, levels[result.task]) for result in baseline.metrics]
+    level = {result.task: optimized.levels.get(result.task, alpha) for result in baseline.metrics}
+    return [_compare_one(result, found[result.key], options, level[result.task]) for result in baseline.metrics]
 
 
 def evidence(comparisons: Sequence[MetricComparison], *, power: float = 0.8) -> dict[str, Measurement]:

@@ -1,9 +1,9 @@
 """Evaluation in batches of items that stops as soon as the answer is clear.
 
-The documents of a task are divided among a few looks. After each, the floors of the task are judged at that look's own
-level (`optimizer.evals.spending`), so that looking often costs no error. A task stops when each of its floors is
-settled: the unfavourable end of its interval holds (passed), or the favourable end does not (failed). What is open after
-the last look is judged as any floor is.
+The documents of a task are divided among a few looks. After each, the floors of the task are judged at that look's
+own level (`optimizer.evals.spending`), so that looking often costs no error. A task stops when each of its floors is
+settled: the unfavourable end of its interval holds (passed), or the favourable end does not (failed). What is open
+after the last look is judged as any floor is.
 
 Both models must be given the same prompts, and lm-eval draws few-shot examples in the order in which a run meets the
 documents. So both are evaluated in the same slices, each slice a run of its own from the same seed.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,6 @@ Settled = Callable[[str, QualityResult, float], bool]
 """Whether a task may stop, from its name, the answers so far, and the level of this look."""
 
 
-@dataclass(frozen=True)
-class Looked:
-    """The answers of the documents that were evaluated, and the look at which each task stopped."""
-
-    result: QualityResult
-    stopped: dict[str, Look]
-
-
 @functools.cache
 def plan(size: int, count: int, alpha: float) -> tuple[Look, ...]:
     """At most `count` looks at `size` documents, as even as whole documents allow."""
@@ -47,30 +39,31 @@ def plan(size: int, count: int, alpha: float) -> tuple[Look, ...]:
 
 
 def evaluate_in_looks(
-    measure: Measure, sizes: Mapping[str, int], *, count: int, alpha: float, settled: Settled | None = None
-) -> Looked:
+    measure: Measure,
+    sizes: Mapping[str, int],
+    plans: Mapping[str, Sequence[Look]],
+    settled: Settled | None = None,
+) -> QualityResult:
     """Evaluate the tasks slice by slice; a task that is `settled` is not evaluated further.
 
-    `sizes` holds the documents of each task, `count` the most looks a task has and `alpha` the one-sided error rate of
-    its test over all of them. Without `settled` every document is evaluated, in the same slices.
+    `sizes` holds the documents of each task, `plans` its looks. Without `settled` every document is evaluated, in the
+    same slices. `levels` of the result says at which level each task stopped.
     """
-    plans = {task: plan(size, count, alpha) for task, size in sizes.items()}
     done: QualityResult | None = None
-    stopped: dict[str, Look] = {}
-    for index in range(count):
-        left = {task: own for task, own in plans.items() if task not in stopped and index < len(own)}
+    levels: dict[str, float] = {}
+    for index in range(max(map(len, plans.values()), default=0)):
+        left = {task: own for task, own in plans.items() if task not in levels}
         if not left:
             break
-        slices = {task: _slice(own, index, sizes[task]) for task, own in left.items()}
-        fresh = measure(slices)
+        fresh = measure({task: _slice(own, index, sizes[task]) for task, own in left.items()})
         done = fresh if done is None else merge([done, fresh])
         for task, own in left.items():
             look = own[index]
             if look.fraction == 1 or (settled is not None and settled(task, done, look.alpha)):
-                stopped[task] = look
+                levels[task] = look.alpha
     if done is None:
         raise UsageError("there is no task to evaluate; name at least one")
-    return Looked(done, stopped)
+    return replace(done, levels=levels)
 
 
 def _slice(own: Sequence[Look], index: int, size: int) -> range:
@@ -92,10 +85,17 @@ def may_stop(floors: Sequence[Floor]) -> bool:
     return bool(floors) and all(each.metric.endswith(".loss") and each.bound == "interval" for each in floors)
 
 
+def of_task(result: QualityResult, task: str, level: float) -> QualityResult:
+    """What `result` says of one task, to be judged at `level`."""
+    metrics = tuple(metric for metric in result.metrics if metric.task == task)
+    return replace(result, metrics=metrics, levels={task: level})
+
+
 def restrict(whole: QualityResult, part: QualityResult) -> QualityResult:
-    """`whole` with only the documents that `part` answered: what `part` may be compared with."""
-    answered = {metric.key: set(metric.documents) for metric in part.metrics}
-    return replace(whole, metrics=tuple(_only(metric, answered.get(metric.key, set())) for metric in whole.metrics))
+    """`whole` without the documents that `part` did not get to in its looks, so that the two can be compared."""
+    answered = {metric.key: set(metric.documents) for metric in part.metrics if metric.task in part.levels}
+    metrics = (_only(metric, answered[metric.key]) if metric.key in answered else metric for metric in whole.metrics)
+    return replace(whole, metrics=tuple(metrics))
 
 
 def _only(metric: MetricResult, wanted: set[str]) -> MetricResult:
@@ -159,8 +159,8 @@ def _lm_eval(
                 merged[key] = merged.get(key, {}) | part
             else:
                 merged.setdefault(key, part)
-    for key in ("groups", "group_subtasks"):
-        merged.pop(key, None)
+    merged.pop("groups", None)
+    merged["group_subtasks"] = {}
     tables = {task: dict(row) for task, row in merged.get("results", {}).items() if task in samples}
     for metric in metrics:
         if metric.task in tables:

@@ -20,6 +20,7 @@ from optimizer.calibration import load_calibration
 from optimizer.card import model_card
 from optimizer.checkpoint import load_checkpoint, save_checkpoint
 from optimizer.errors import ArtifactError, OptimizerError, RecipeError
+from optimizer.evals.lm_eval_results import save_lm_eval_results, seeds
 from optimizer.inspection import inspect_checkpoint
 from optimizer.passes.base import Context, Pass
 from optimizer.passes.decode import Decode
@@ -92,6 +93,24 @@ class Result:
         info = ManifestInfo(source=source, verdict=report.verdict, seeds=seeds)
         write_artifact(out, build=build, manifest=info, required_bytes=outcome.weight_bytes)
         return Path(out)
+
+    def save_lm_eval(self, folder: str | Path) -> list[Path]:
+        """Write both evaluations as lm-eval does, `<folder>/<model>/results_*.json` and `samples_*.jsonl`.
+
+        The optimized model is named after the source and the recipe.
+        """
+        outcome, spec = self.outcome, self.outcome.recipe.evaluation
+        options = {"batch_size": spec.batch_size, "device": str(self.model.device), **seeds(spec.seed)}
+        name, costs = outcome.source.name, outcome.costs
+        written = []
+        for variant, result, phase in zip(
+            (name, f"{name}-{outcome.recipe.name}"), outcome.quality, ("baseline quality", "optimized quality"),
+            strict=True,
+        ):  # fmt: skip
+            written += save_lm_eval_results(
+                result, Path(folder), model=variant, options=options, seconds=costs.get(phase)
+            )
+        return written
 
 
 def optimize(

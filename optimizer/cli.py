@@ -73,6 +73,7 @@ def run(
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             written = [str(report.save(out / f"report.{kind}")) for kind in ("html", "md", "json")]
+            result.save_lm_eval(out / "lm_eval")
         if as_json:
             typer.echo(report.to_json())
         else:
@@ -83,6 +84,7 @@ def run(
             if out is not None:
                 typer.echo(f"artifact: {_fate(out / 'artifact', result.passed, ungated)}")
                 typer.echo(f"report:   {written[0]}")
+                typer.echo(f"lm-eval:  {out / 'lm_eval'}")
     raise typer.Exit(0 if result.passed else 1)
 
 
@@ -164,6 +166,9 @@ def evaluate(
     "reference_next_line,reference_cloze",
     limit: Annotated[int | None, typer.Option(help="Items of each task (all unless given).", min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    output_path: Annotated[Path | None, typer.Option(help="Folder for results and samples as lm-eval writes them.")] = (
+        None
+    ),
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -185,6 +190,13 @@ def evaluate(
                     runner, runner.tokenizer, tasks.split(","), limit=limit, batch_size=batch_size,
                     max_length=WINDOW, progress=progress.update,
                 )  # fmt: skip
+        if output_path is not None:
+            from optimizer.evals.lm_eval_results import save_lm_eval_results, seeds
+
+            save_lm_eval_results(
+                found, output_path, model=model, seconds=progress.seconds["quality"],
+                options={"batch_size": batch_size, "limit": limit, "device": str(runner.device), **seeds(0)},
+            )  # fmt: skip
         rows = [
             {"task": m.task, "metric": m.metric, "value": m.value, "stderr": m.stderr, "documents": len(m.documents)}
             for m in found.metrics
@@ -359,6 +371,27 @@ def roofline(
                 gpu=gpu, bits=bits, group_size=group_size, kv_bits=kv_bits, prompt=prompt, batch=batch,
                 context=context, fleet=fleet,
             )  # fmt: skip
+        if as_json:
+            _echo_json(found)
+        else:
+            typer.echo(describe(found))
+
+
+@app.command()
+def power(
+    margin: Annotated[float, typer.Option(help="The loss to exclude: 0.01 is one point of accuracy.")],
+    flips: Annotated[float | None, typer.Option(help="Share of 0/1 answers that change, both ways together.")] = None,
+    deviation: Annotated[float | None, typer.Option(help="Instead: deviation of one item's paired difference.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Say what so many items can show, too.")] = None,
+    alpha: Annotated[float, typer.Option(help="One-sided error rate: how often a loss of the margin passes.")] = 0.05,
+    target: Annotated[float, typer.Option("--power", help="How often a model without loss must pass.")] = 0.8,
+    as_json: Json = False,
+) -> None:
+    """How many items a margin needs before a gate can tell, and what a given number of items can show."""
+    with _errors_to_exit(as_json):
+        from optimizer.power_command import analyse, describe
+
+        found = analyse(margin, flips=flips, deviation=deviation, items=items, alpha=alpha, power=target)
         if as_json:
             _echo_json(found)
         else:

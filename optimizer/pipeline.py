@@ -8,7 +8,7 @@ process and interleaved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +21,11 @@ from optimizer.checkpoint import check_layout, find_layout
 from optimizer.errors import DeviceError, UsageError
 from optimizer.evals.architecture import from_module
 from optimizer.evals.ceilings import Ceilings, measure_ceilings
-from optimizer.evals.gate import Floor, Measurement, Verdict, judge
+from optimizer.evals.divergence import Divergence, divergence_evidence, held_out_rows, measure_divergence
+from optimizer.evals.gate import Measurement, Verdict, judge
 from optimizer.evals.quality import MetricComparison, QualityResult, compare, evaluate, evidence
-from optimizer.evals.roofline import StepCost
+from optimizer.evals.roofline import Roofline, StepCost
+from optimizer.evals.sequential import restrict
 from optimizer.evals.serving_report import ServingReport
 from optimizer.evals.timing import (
     GenerationTiming,
@@ -41,6 +43,7 @@ from optimizer.passes.calibration import Calibration
 from optimizer.passes.decode import Decode
 from optimizer.passes.quantize import Quantize
 from optimizer.progress import Progress
+from optimizer.quality_looks import evaluate_by_looks, floors_of
 from optimizer.recipe import Recipe
 from optimizer.serving import serve, serving_evidence
 from optimizer.source import Source
@@ -67,6 +70,11 @@ class Phase:
     def mbu(self) -> float:
         """Share of the measured read bandwidth (at this working set) that the bytes which must be read come to."""
         return self.cost.required_bytes / (self.seconds * self.bandwidth)
+
+    @property
+    def floor_seconds(self) -> float:
+        """The least time on the measured roofline: computing, or reading what must be read, whichever takes longer."""
+        return Roofline(self.peak_flops, self.bandwidth).seconds(self.cost.flops, self.cost.required_bytes)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,9 @@ class Outcome:
     weight_bytes: int
     non_finite: int
     costs: dict[str, float]
+    quality: tuple[QualityResult, QualityResult]  # of the baseline, of the optimized model
+    cells: tuple[Speed, ...] = ()
+    divergence: Divergence | None = None
     served: tuple[ServingReport, RequestSpec] | None = None
 
 
@@ -151,7 +162,11 @@ def run(
         scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(_median_seconds, device=original.device),
     )  # fmt: skip
     passes = recipe.build_passes()
-    _check_workload(original, workload)
+    cells = {cell.name: Workload(cell.batch, cell.context, cell.output) for cell in recipe.workload.cells}
+    longest = min([p.max_context for p in passes if isinstance(p, Decode) and p.max_context] + [original.max_context])
+    _check_workload("workload", original.max_context, workload)
+    for name, cell in cells.items():
+        _check_workload(f"workload cell {name}", longest, cell)
     if recipe.serving is not None and not any(isinstance(p, Decode) and p.cache == "paged" for p in passes):
         raise UsageError("serving: requests that come and go need the pass `decode` with `cache: paged`. Add it.")
     # A second pass of a kind may rest on what the first did, so it is checked when its turn comes.
@@ -169,14 +184,24 @@ def run(
     runner = context.make_runner(optimized, source.tokenizer)
     with progress.phase("compile"):
         if hasattr(runner, "warm_up"):
-            runner.warm_up(workload.batch, workload.prompt + workload.output)
+            for shape in (workload, *cells.values()):
+                runner.warm_up(shape.batch, shape.prompt + shape.output)
+    spec = recipe.evaluation
     with progress.phase("optimized quality"):
-        after = _quality(runner, recipe, progress)
-    comparisons = compare(before, after, confidence=recipe.evaluation.confidence, seed=recipe.seed)
+        after = _quality(runner, recipe, progress, before)
+        paired = restrict(before, after)
+        comparisons = compare(paired, after, confidence=spec.confidence, seed=recipe.seed, alpha=spec.alpha)
+    divergence = None
+    if spec.divergence is not None:
+        with progress.phase("divergence"):
+            divergence = _divergence(_reference(original), runner, recipe, progress)
     with progress.phase("speed"):
         speed = measure_speed(original, runner, workload, ceilings, recipe, progress)
+        at = {name: measure_speed(original, runner, cell, ceilings, recipe, progress) for name, cell in cells.items()}
     sizes = weight_bytes(model), weight_bytes(optimized)
-    found = {**evidence(comparisons), **_speed_evidence(speed), **_size_evidence(*sizes)}
+    found = {**evidence(comparisons, power=spec.power), **_speed_evidence(speed), **_size_evidence(*sizes)}
+    found |= {f"{metric}@{name}": m for name, each in at.items() for metric, m in _speed_evidence(each).items()}
+    found |= {} if divergence is None else divergence_evidence(divergence)
     found["kv.ratio"] = Measurement(runner.kv_bytes_per_token / runner.original_kv_bytes_per_token)
     served = None
     if recipe.serving is not None:
@@ -184,10 +209,10 @@ def run(
             served = serve(runner, recipe.serving, seed=recipe.seed, progress=progress.update)
         found |= serving_evidence(served[0])
     found["steps.eager"] = Measurement(float(runner.ledger.steps["eager"]))
-    floors = [Floor(f.metric, f.at_least, f.at_most, f.bound) for f in recipe.floors]
     outcome = Outcome(
         recipe, source, runner, tuple(zip(passes, reports, strict=True)), tuple(comparisons), speed, ceilings, found,
-        judge(floors, found), *sizes, after.non_finite, dict(progress.seconds), served,
+        judge(floors_of(recipe), found), *sizes, after.non_finite, dict(progress.seconds), (before, after),
+        tuple(at.values()), divergence, served,
     )  # fmt: skip
     if inplace:
         vars(model).update(vars(optimized))  # modules, and what a pass changed in the configuration
@@ -262,11 +287,11 @@ def _median_seconds(calls: Mapping[str, Callable[[], object]], *, device: torch.
     return {name: Summary.of(s).median for name, s in time_interleaved(calls, repeats=15, device=device).items()}
 
 
-def _check_workload(runner: BaseRunner, workload: Workload) -> None:
-    if workload.prompt + workload.output > runner.max_context:
+def _check_workload(name: str, max_context: int, workload: Workload) -> None:
+    if workload.prompt + workload.output > max_context:
         raise UsageError(
-            f"workload: prompt {workload.prompt} + output {workload.output} exceed the model's "
-            f"{runner.max_context} positions. Shorten the workload in the recipe."
+            f"{name}: prompt {workload.prompt} + output {workload.output} exceed the model's "
+            f"{max_context} positions. Shorten the workload in the recipe."
         )
 
 
@@ -278,20 +303,31 @@ def _reference(baseline: BaseRunner) -> BaseRunner:
     return baseline
 
 
-def _quality(runner: BaseRunner, recipe: Recipe, progress: Progress) -> QualityResult:
-    """Evaluate all tasks of the recipe on one runner; it generates in the batch of the workload, as deployed."""
+def _quality(
+    runner: BaseRunner, recipe: Recipe, progress: Progress, before: QualityResult | None = None
+) -> QualityResult:
+    """Evaluate the tasks of the recipe on one runner; it generates in the batch of the workload, as deployed.
+
+    Of a sequential recipe, tasks stop where the comparison with `before` is clear.
+    """
     spec = recipe.evaluation
+    measure = partial(
+        evaluate, runner, runner.tokenizer, batch_size=spec.batch_size, generate_batch=recipe.workload.batch,
+        max_length=WINDOW, seed=spec.seed, progress=progress.update,
+    )  # fmt: skip
+    if spec.sequential:
+        return evaluate_by_looks(measure, recipe, before)
     limits = {task: limit for task, limit in spec.tasks.items() if limit is not None}
-    return evaluate(
-        runner,
-        runner.tokenizer,
-        list(spec.tasks),
-        limit=limits or None,
-        batch_size=spec.batch_size,
-        generate_batch=recipe.workload.batch,
-        max_length=WINDOW,
-        seed=spec.seed,
-        progress=progress.update,
+    return measure(list(spec.tasks), limit=limits or None)
+
+
+def _divergence(reference: BaseRunner, runner: BaseRunner, recipe: Recipe, progress: Progress) -> Divergence:
+    spec = recipe.evaluation.divergence
+    assert spec is not None
+    length = min(spec.length, reference.max_context, runner.max_context, WINDOW)
+    rows = held_out_rows(runner.tokenizer, spec.documents, length)
+    return measure_divergence(
+        reference, runner, rows, confidence=recipe.evaluation.confidence, seed=recipe.seed, progress=progress.update
     )
 
 
@@ -301,6 +337,10 @@ def _speed_evidence(speed: Speed) -> dict[str, Measurement]:
     def paired(r: Ratio) -> Measurement:
         return Measurement(r.median, r.low, r.high, r.n, "×")
 
+    def attained(phase: Phase, rounds: Sequence[float]) -> Measurement:
+        share = ratio([phase.floor_seconds] * len(rounds), rounds)
+        return Measurement(share.median, share.low, share.high, share.n)
+
     after = speed.optimized
     decode, prefill = speed.phases["decode", "optimized"], speed.phases["prefill", "optimized"]
     return {
@@ -309,6 +349,8 @@ def _speed_evidence(speed: Speed) -> dict[str, Measurement]:
         "throughput.speedup": paired(speed.throughput),
         "decode.mbu": Measurement(decode.mbu),
         "prefill.mfu": Measurement(prefill.mfu),
+        "decode.attainable": attained(decode, after.tpot_rounds),
+        "prefill.attainable": attained(prefill, after.ttft_rounds),
         "ttft.seconds": Measurement(after.ttft.median, samples=after.ttft.n, unit="s"),
         "tpot.seconds": Measurement(after.tpot.median, samples=after.tpot.n, unit="s"),
         "throughput.tokens_per_second": Measurement(after.tokens_per_second, samples=after.e2e.n, unit="tok/s"),

@@ -38,13 +38,37 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class CellSpec(_Strict):
+    """One more shape that speed is measured at: `batch` rows of `context` tokens, and `output` new ones after them."""
+
+    batch: int = Field(ge=1, le=1024)
+    context: int = Field(ge=1)
+    output: int = Field(default=16, ge=2)
+
+    @property
+    def name(self) -> str:
+        """What a floor calls it: `decode.speedup@b8c512`."""
+        return f"b{self.batch}c{self.context}"
+
+
 class WorkloadSpec(_Strict):
-    """The request that speed is measured on: `batch` rows of `prompt` tokens, `output` new tokens each."""
+    """The request that speed is measured on: `batch` rows of `prompt` tokens, `output` new tokens each.
+
+    At each of `cells` everything about speed is measured again, under names that end in `@b<batch>c<context>`.
+    """
 
     batch: int = Field(default=1, ge=1, le=1024)
     prompt: int = Field(default=128, ge=1)
     output: int = Field(default=64, ge=2)
     repeats: int = Field(default=5, ge=3, description="timed generations of each variant")
+    cells: list[CellSpec] = []
+
+    @model_validator(mode="after")
+    def _distinct(self) -> WorkloadSpec:
+        names = [cell.name for cell in self.cells]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the cell {twice} occurs twice")
+        return self
 
 
 class ServingSpec(_Strict):
@@ -64,13 +88,29 @@ class ServingSpec(_Strict):
     tpot_ms: float = Field(default=50.0, gt=0)
 
 
+class DivergenceSpec(_Strict):
+    """Held-out text on which next-token distributions are compared: `documents` of at most `length` tokens each."""
+
+    documents: int = Field(default=16, ge=1)
+    length: int = Field(default=256, ge=2)
+
+
 class EvaluationSpec(_Strict):
-    """lm-eval tasks by name, each with how many items to use (null: all)."""
+    """lm-eval tasks by name, each with how many items to use (null: all).
+
+    `alpha` is the one-sided error rate of floors on a loss, `power` what the items that they need are computed for.
+    With `sequential`, tasks whose floors all bound a loss are evaluated in `looks` parts and stop when that is clear.
+    """
 
     tasks: dict[str, Annotated[int, Field(ge=1)] | None] = Field(min_length=1)
     batch_size: int = Field(default=16, ge=1)
     seed: int = 1234
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    alpha: float = Field(default=0.05, gt=0, le=0.5)
+    power: float = Field(default=0.8, gt=0, lt=1)
+    sequential: bool = False
+    looks: int = Field(default=5, ge=2, le=20)
+    divergence: DivergenceSpec | None = DivergenceSpec()
 
 
 class CalibrationSpec(_Strict):
@@ -99,7 +139,8 @@ class FloorSpec(_Strict):
 class Recipe(_Strict):
     """Passes in order, the workload, the evaluation, and the floors; see the module's example.
 
-    `layout` is the format of the checkpoint that is written.
+    `layout` is the format of the checkpoint that is written. `price_per_hour` of the device, in any currency, lets the
+    report say what was paid and what is saved.
     """
 
     name: str
@@ -112,6 +153,19 @@ class Recipe(_Strict):
     passes: list[dict[str, Any]] = Field(min_length=1)
     floors: list[FloorSpec] = Field(min_length=1)
     seed: int = 0
+    price_per_hour: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _cells_of_floors(self) -> Recipe:
+        there = {cell.name for cell in self.workload.cells}
+        for floor in self.floors:
+            _, at, cell = floor.metric.partition("@")
+            if at and cell not in there:
+                known = ", ".join(sorted(there)) or "none"
+                raise ValueError(
+                    f"the floor on {floor.metric!r} names a cell that is not measured; workload.cells has {known}"
+                )
+        return self
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "recipe") -> Recipe:

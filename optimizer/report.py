@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from optimizer.errors import ArtifactError, OutputError, UsageError
 from optimizer.report_units import (
     BYTES,
+    COUNT,
     MISSING,
     NONE,
     NUMBER,
@@ -130,6 +131,7 @@ class QualityEntry(_Entry):
     """One metric of one task, baseline and optimized on the same samples.
 
     `ratio` is optimized / baseline as measured, whatever the direction: above 1 is better only if `higher_is_better`.
+    `loss` is how much worse the optimized model is, each bound with the one-sided error rate `loss_alpha`.
     """
 
     task: str
@@ -145,6 +147,10 @@ class QualityEntry(_Entry):
     samples: Count
     flips_to_wrong: Count | None = None
     flips_to_right: Count | None = None
+    loss: float | None = None
+    loss_low: float | None = None
+    loss_high: float | None = None
+    loss_alpha: float | None = None
 
     @property
     def floor_names(self) -> tuple[str, str]:
@@ -161,6 +167,17 @@ class QualityEntry(_Entry):
         """`task/metric`, the filter where there is one, and the direction that is better: ↑ or ↓."""
         suffix = "" if self.filter in (None, "none") else f",{self.filter}"
         return f"{self.task}/{self.metric}{suffix} {'↑' if self.higher_is_better else '↓'}"
+
+
+class Divergence(_Entry):
+    """One figure of the next-token distributions compared on held-out text, with its interval over documents."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    tokens: Count
+    documents: Count
 
 
 class Percentiles(_Entry):
@@ -267,6 +284,7 @@ class FloorEntry(_Entry):
 
     `metric` also says which row of `Report.table` it judges: `ttft.speedup`, `decode.speedup`, `throughput.speedup`,
     `decode.mbu`, `weights.ratio`, `kv.ratio`, or one of `QualityEntry.floor_names`. Any other floor gets its own row.
+    `samples_needed` is how many a model without loss needs to pass, where that can be said.
     """
 
     metric: str
@@ -277,6 +295,7 @@ class FloorEntry(_Entry):
     low: float | None = None
     high: float | None = None
     samples: Count | None = None
+    samples_needed: Count | None = None
     passed: bool
     reason: str = ""
 
@@ -293,6 +312,47 @@ class Cost(_Entry):
 
     phase: str
     seconds: float
+
+
+class BreakEven(_Entry):
+    """When the run has paid for itself on the workload, prefill included. `tokens` None is never.
+
+    `optimization_seconds` were spent on calibration, passes and compilation, `run_seconds` on everything, the proof
+    included; `tokens_of_run` wins those back, and `tokens_at_worst` the optimization alone at the pessimistic end of
+    the speed-up. With a price of the device an hour, `cost` is the run's, in the price's currency.
+    """
+
+    optimization_seconds: float
+    run_seconds: float
+    seconds_per_token_before: float
+    seconds_per_token_after: float
+    tokens: Count | None
+    tokens_at_worst: Count | None
+    tokens_of_run: Count | None
+    cost: float | None = None
+    cost_per_million_tokens_before: float | None = None
+    cost_per_million_tokens_after: float | None = None
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What it says, as `(name, text)`."""
+
+        def count(tokens: int | None) -> str:
+            return "never: not faster" if tokens is None else f"{COUNT.format(tokens)} tokens"
+
+        found = [
+            ("Calibration, passes, compilation", SECONDS.format(self.optimization_seconds)),
+            ("The whole run, its proof included", SECONDS.format(self.run_seconds)),
+            ("Seconds a token, prefill included", "{} → {}".format(
+                *SECONDS.pair(self.seconds_per_token_before, self.seconds_per_token_after))),
+            ("Optimization won back after", count(self.tokens)),
+            ("at the pessimistic end of the speed-up", count(self.tokens_at_worst)),
+            ("The whole run won back after", count(self.tokens_of_run)),
+        ]  # fmt: skip
+        if self.cost is not None:
+            prices = (self.cost_per_million_tokens_before, self.cost_per_million_tokens_after)
+            found.append(("Price of the run", NUMBER.format(self.cost)))
+            found.append(("Price of a million tokens", "{} → {}".format(*NUMBER.pair(*prices))))
+        return found
 
 
 @dataclass(frozen=True)
@@ -323,6 +383,7 @@ class Report(_Entry):
     passes: list[PassEntry] = []
     layers: list[LayerEntry] = []
     quality: list[QualityEntry] = []
+    divergence: list[Divergence] = []
     speed: list[SpeedCell] = []
     memory: Memory
     roofline: list[RooflinePoint] = []
@@ -330,6 +391,7 @@ class Report(_Entry):
     ledger: Ledger = Ledger()
     floors: list[FloorEntry] = []
     costs: list[Cost] = []
+    break_even: BreakEven | None = None
     warnings: list[str] = []
 
     @field_validator("created")

@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +15,8 @@ from optimizer import __version__
 from optimizer.artifact import installed_versions
 from optimizer.backends.linear import layer_kernel, linear_layers, stored_scheme, stored_weight
 from optimizer.backends.paged_runner import PagedRunner
+from optimizer.evals.arithmetic import cost_per_million_tokens
+from optimizer.evals.break_even import BreakEven as WonBack
 from optimizer.evals.gate import Floor, FloorVerdict
 from optimizer.evals.quality import MetricComparison
 from optimizer.evals.statistics import Interval
@@ -24,8 +27,10 @@ from optimizer.pipeline import Outcome, Speed
 from optimizer.quant.weight import QuantizedWeight
 from optimizer.report import (
     BandwidthPoint,
+    BreakEven,
     Ceilings,
     Cost,
+    Divergence,
     FloorEntry,
     GenerationStats,
     Latency,
@@ -45,6 +50,9 @@ from optimizer.report import (
     SpeedCell,
 )
 from optimizer.serving import latencies, len_of
+
+_OPTIMIZATION = frozenset({"calibration data", "compile"})
+"""Phases, beside the passes, that are spent on the optimized model itself and not on its proof."""
 
 
 def build_report(outcome: Outcome) -> Report:
@@ -73,7 +81,8 @@ def build_report(outcome: Outcome) -> Report:
         passes=[_pass(step, report) for step, report in outcome.passes],
         layers=_layers(outcome),
         quality=[_quality(item) for item in outcome.comparisons],
-        speed=[_cell(speed)],
+        divergence=_divergence(outcome),
+        speed=[_cell(each) for each in (speed, *outcome.cells)],
         memory=Memory(
             weights_bytes_before=outcome.baseline_weight_bytes,
             weights_bytes_after=outcome.weight_bytes,
@@ -81,12 +90,38 @@ def build_report(outcome: Outcome) -> Report:
             kv_bytes_per_token_after=outcome.runner.kv_bytes_per_token,
             peak_rss_bytes=peak_rss_bytes(),
         ),
-        roofline=_points(speed),
+        roofline=[point for each in (speed, *outcome.cells) for point in _points(each)],
         serving=_serving(outcome),
         ledger=_ledger(outcome),
         floors=[_floor(item) for item in verdict.floors],
         costs=[Cost(phase=name, seconds=seconds) for name, seconds in outcome.costs.items()],
+        break_even=break_even(speed, outcome.costs, outcome.recipe.price_per_hour),
         warnings=_warnings(outcome),
+    )
+
+
+def break_even(speed: Speed, costs: Mapping[str, float], price_per_hour: float | None) -> BreakEven:
+    """When what the phases of the run cost is won back on the workload that was measured."""
+    spent = sum(seconds for name, seconds in costs.items() if name.startswith("pass ") or name in _OPTIMIZATION)
+    tokens = speed.workload.batch * speed.workload.output
+    before, after = (timing.e2e.median / tokens for timing in (speed.baseline, speed.optimized))
+    alone, run = (WonBack(seconds, before, after, speed.throughput.low) for seconds in (spent, sum(costs.values())))
+    priced: dict[str, float] = {}
+    if price_per_hour is not None:
+        priced = {
+            "cost": run.seconds / 3600 * price_per_hour,
+            "cost_per_million_tokens_before": cost_per_million_tokens(price_per_hour, 1 / before),
+            "cost_per_million_tokens_after": cost_per_million_tokens(price_per_hour, 1 / after),
+        }
+    return BreakEven(
+        optimization_seconds=spent,
+        run_seconds=run.seconds,
+        seconds_per_token_before=before,
+        seconds_per_token_after=after,
+        tokens=alone.tokens,
+        tokens_at_worst=alone.tokens_at_worst,
+        tokens_of_run=run.tokens,
+        **priced,
     )
 
 
@@ -192,7 +227,28 @@ def _quality(item: MetricComparison) -> QualityEntry:
         samples=item.samples,
         flips_to_wrong=None if item.flips is None else item.flips.lost,
         flips_to_right=None if item.flips is None else item.flips.gained,
+        loss=None if item.loss is None else item.loss.value,
+        loss_low=None if item.loss is None else item.loss.low,
+        loss_high=None if item.loss is None else item.loss.high,
+        loss_alpha=None if item.loss is None else item.loss.alpha,
     )
+
+
+def _divergence(outcome: Outcome) -> list[Divergence]:
+    found = outcome.divergence
+    if found is None:
+        return []
+    figures = {
+        "KL, mean, nats a token": found.mean,
+        "KL, 99th percentile of tokens, nats": found.p99,
+        "Same most likely token": found.top1_agreement,
+    }
+    return [
+        Divergence(
+            name=name, value=at.value, low=at.low, high=at.high, tokens=found.tokens, documents=found.documents
+        )
+        for name, at in figures.items()
+    ]  # fmt: skip
 
 
 def _cell(speed: Speed) -> SpeedCell:
@@ -282,6 +338,7 @@ def _floor(item: FloorVerdict) -> FloorEntry:
         low=measured.low if measured else None,
         high=measured.high if measured else None,
         samples=measured.samples if measured else None,
+        samples_needed=item.items_needed,
         passed=item.passed,
         reason=item.reason,
     )

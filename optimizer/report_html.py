@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer import report_units as units
-from optimizer.report import LayerEntry, Report, speedup
+from optimizer.report import LayerEntry, QualityEntry, Report, speedup
 from optimizer.report_charts import PALETTE, PANELS, both_widths, forest_chart, roofline_chart, speed_chart
 from optimizer.report_units import clean
 
@@ -35,6 +35,9 @@ GLOSSARY = (
     ("MBU", "Model bandwidth utilization: the bytes a step must read / (its time × measured read bandwidth)."),
     ("MFU", "Model FLOPs utilization: the model's FLOPs / (time × measured peak FLOP/s)."),
     ("Recovery", "Quality of the optimized model / quality of the baseline, on the same samples, with an interval."),
+    ("Loss", "How much worse the optimized model is, in the metric's unit, with a one-sided bound on either side."),
+    ("Needed", "Items with which a model without loss passes a floor with the recipe's power, at the spread seen."),
+    ("KL", "Kullback-Leibler divergence of the optimized model's next-token distribution from the baseline's."),
     ("Floor", "A limit that the recipe sets on a metric. The pessimistic end of its interval must hold."),
     ("Roofline", "The most FLOP/s a machine can reach at an intensity: min(peak, bandwidth × intensity)."),
     ("Intensity", "FLOPs done per byte moved. Left of the ridge, memory binds; right of it, arithmetic."),
@@ -133,12 +136,21 @@ def _environment(*, autoescape: bool) -> Environment:
         "number": units.NUMBER.format,
         "count": units.COUNT.format,
         "speedup": speedup,
+        "loss": _loss,
+        "spread": lambda entry: units.interval(units.NUMBER, entry.value, entry.low, entry.high),
         "share": _share,
         "code": _markdown_code,
         "prose": _markdown_prose,
     }
     environment.globals |= {"MISSING": units.MISSING, "NONE": units.NONE}
     return environment
+
+
+def _loss(entry: QualityEntry) -> str:
+    """How much worse, with its bounds."""
+    if entry.loss is None:
+        return units.NONE
+    return units.interval(units.NUMBER, entry.loss, entry.loss_low, entry.loss_high)
 
 
 def _share(value: float | None, whole: float | None) -> float:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from optimizer import pipeline
 from optimizer.backends.runner import EagerRunner
 from optimizer.errors import DeviceError, OptimizerError, UsageError
+from optimizer.evals.gate import Floor
 from optimizer.evals.roofline import Load, OpCost, StepCost
 from optimizer.passes.base import Context
 from optimizer.passes.quantize import Quantize
@@ -170,7 +171,7 @@ def test_a_slow_runner_fails_each_kind_of_speed_floor(
         EagerRunner(source.model, source.tokenizer), slow, sound.speed.workload, CEILINGS, sound.recipe, Progress()
     )
     evidence = pipeline._speed_evidence(speed)
-    floors = [pipeline.Floor(metric, **limit) for metric, limit in limits.items()]
+    floors = [Floor(metric, **limit) for metric, limit in limits.items()]
     verdict = pipeline.judge(floors, evidence)
     failed = {item.floor.metric for item in verdict.floors if not item.passed}
     assert missed <= failed
@@ -227,7 +228,7 @@ def test_an_original_in_float32_is_its_own_reference(source: Source) -> None:
 def test_the_costs_name_every_phase(sound: Outcome) -> None:
     assert list(sound.costs) == [
         "baseline quality", "measure ceilings", "pass quantize", "pass merge_linears", "pass decode", "compile",
-        "optimized quality", "speed",
+        "optimized quality", "divergence", "speed",
     ]  # fmt: skip
     assert all(seconds >= 0 for seconds in sound.costs.values())
 
