@@ -21,6 +21,7 @@ from optimizer.card import model_card
 from optimizer.checkpoint import load_checkpoint, save_checkpoint
 from optimizer.errors import ArtifactError, OptimizerError, RecipeError
 from optimizer.evals.lm_eval_results import save_lm_eval_results, seeds
+from optimizer.export_command import is_export, load_export
 from optimizer.inspection import inspect_checkpoint
 from optimizer.passes.base import Context, Pass
 from optimizer.passes.decode import Decode
@@ -165,9 +166,12 @@ def load(folder: str | Path, *, device: str | None = None, verify: bool = True) 
     """The runner of a saved artifact, on the passes its recipe names; or of a checkpoint that another tool quantized.
 
     `verify` checks every file of an artifact against its sha256 first. A folder without a manifest is read as a GPTQ,
-    AWQ, compressed-tensors or block-FP8 checkpoint and decoded by our own kernels.
+    AWQ, compressed-tensors or block-FP8 checkpoint and decoded by our own kernels. An exported folder gets the runner
+    of its runtime.
     """
     folder = Path(folder)
+    if is_export(folder):
+        return load_export(folder, device=device or "cpu", verify=verify)
     passes: list[Pass] = [MergeLinears(required=False), Decode()]
     batch = 1
     if (folder / MANIFEST).is_file() or not _is_quantized(folder):

@@ -399,6 +399,36 @@ def power(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A local folder, a hub id, an artifact, or `reference`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the exported model.")],
+    to: Annotated[str, typer.Option(help="onnx, for ONNX Runtime and onnxruntime-genai.")] = "onnx",
+    dtype: Annotated[str, typer.Option(help="Of activations and cache: float32 or float16.")] = "float32",
+    int8_inputs: Annotated[
+        bool, typer.Option(help="Let the runtime round inputs of 4-bit layers to int8: faster, less exact.")
+    ] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model or an artifact for another runtime, checked against PyTorch's logits."""
+    from optimizer.display import progress_for
+
+    with _errors_to_exit(as_json):
+        from optimizer.export_command import data, describe, export_model
+
+        progress = progress_for(quiet)
+        with progress, progress.phase("export"):
+            result = export_model(
+                model, out, to=to, dtype=dtype, int8_inputs=int8_inputs, trust_remote_code=trust_remote_code
+            )
+        if as_json:
+            _echo_json(data(result))
+        else:
+            typer.echo(describe(result))
+
+
+@app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="An artifact.")], as_json: Json = False) -> None:
     """Check every file of an artifact against its manifest, and name those that differ."""
     with _errors_to_exit(as_json):

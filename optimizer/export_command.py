@@ -1,0 +1,252 @@
+"""`optimizer export`: a model or an artifact as a folder for another runtime, written whole or not at all.
+
+The folder holds the graph with its data, configuration, tokenizer, `genai_config.json` for onnxruntime-genai,
+`export.json` for our own runner, and the manifest that every artifact has. Before it appears, the graph is run beside
+the PyTorch model on the same tokens; one that does not agree is never released.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimizer.artifact import (
+    MANIFEST,
+    ManifestInfo,
+    SourceRecord,
+    check_output,
+    read_manifest,
+    verify_artifact,
+    write_artifact,
+)
+from optimizer.backends.onnx_export import MODEL_FILE, Exported, export, float_copy
+from optimizer.backends.onnx_runner import SETTINGS_FILE, OnnxRunner
+from optimizer.backends.runner import EagerRunner
+from optimizer.errors import ArtifactError, PassError, UsageError
+
+TARGETS = ("onnx",)
+DTYPES = ("float32", "float16")
+BOUND = {"float32": 1e-3, "float16": 2e-2}
+"""The largest difference of a logit from PyTorch's, over the largest logit, with which an export is released.
+
+float32: sums of a few thousand terms in another order differ by about 1e-6 of the largest, layer after layer, and
+rounded activations may fall to the other side of a tie. float16: its numbers are 5e-4 apart.
+"""
+INT8_BOUND = 0.15
+"""The same where the runtime rounds the inputs of 4-bit layers to int8, which PyTorch's side does not."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written where, and how far its logits are from PyTorch's: largest difference over largest logit."""
+
+    folder: Path
+    exported: Exported
+    bytes: int
+    difference: float
+    bound: float
+
+
+def export_model(
+    model: str,
+    out: str | Path,
+    *,
+    to: str = "onnx",
+    dtype: str = "float32",
+    int8_inputs: bool = False,
+    trust_remote_code: bool = False,
+) -> ExportResult:
+    """Export a folder, hub id, "reference" or artifact into the new folder `out`. An old one stays until it is done.
+
+    Raises:
+        UsageError: an unknown target or type; a format without an operator; a missing package.
+        ModelError: an architecture that cannot be exported.
+        ArtifactError: an artifact that is not as it was written.
+        OutputError: `out` cannot be written.
+        PassError: the graph does not compute what the model does.
+    """
+    if to not in TARGETS:
+        raise UsageError(f"--to is {to!r}; use one of {', '.join(TARGETS)}.")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
+    check_output(out)
+    loaded, tokenizer, source = _load(model, trust_remote_code)
+    kind = getattr(torch, dtype)
+    needed = sum(p.numel() * max(p.element_size(), kind.itemsize) for p in loaded.parameters())
+    found: list[Any] = []
+
+    def build(folder: Path) -> None:
+        exported = export(loaded, folder, dtype=kind, int8_inputs=int8_inputs)
+        _write(folder / SETTINGS_FILE, {
+            "opset": exported.opset, "dtype": exported.dtype, "dialect": "onnxruntime", "int8_inputs": int8_inputs,
+            "kernels": exported.kernels, "step_weight_bytes": exported.step_weight_bytes,
+        })  # fmt: skip
+        _write_configuration(loaded, tokenizer, folder)
+        bound = INT8_BOUND if int8_inputs else BOUND[dtype]
+        difference = rehearse(float_copy(loaded, torch.float32), OnnxRunner(folder))
+        if not difference <= bound:
+            raise PassError(
+                f"the exported graph does not compute what the model does: logits differ by {difference:.3g} of the "
+                f"largest, and {bound:.3g} is allowed. Nothing was written; try another type."
+            )
+        found.extend((exported, difference, bound))
+
+    manifest = write_artifact(
+        out, build=build, manifest=ManifestInfo(source=source, verdict="ungated"), required_bytes=needed
+    )
+    exported, difference, bound = found
+    return ExportResult(Path(out), exported, sum(f.bytes for f in manifest.files.values()), difference, bound)
+
+
+def load_export(folder: Path, *, device: str = "cpu", verify: bool = True) -> OnnxRunner:
+    """The runner of an exported folder, after every file was checked against the manifest.
+
+    Raises:
+        ArtifactError: a file that is missing, changed, or outside of the folder.
+        DeviceError: ONNX Runtime or its provider is not installed.
+    """
+    files = read_manifest(folder).files
+    if verify and (wrong := verify_artifact(folder)):
+        problems = "; ".join(f"{m.path} {m.problem}" for m in wrong)
+        raise ArtifactError(f"{folder} is not as it was written: {problems}")
+    tokenizer = None
+    if (folder / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return OnnxRunner(folder, tokenizer, files=files, device=device)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the folder holds a graph that `export_model` wrote."""
+    return (folder / MANIFEST).is_file() and (folder / MODEL_FILE).is_file()
+
+
+def rehearse(model: Any, runner: OnnxRunner) -> float:
+    """The largest difference of a logit over the largest logit, for two prompts, one padded, and four steps after."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(32, runner.max_context - 4)
+    tokens = torch.randint(runner.vocab_size, (2, length), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[1, : length // 3] = 0
+    original = EagerRunner(model)
+    pairs = [(original.prefill(tokens, mask), runner.prefill(tokens, mask))]
+    for step in range(4):
+        pairs.append((original.decode(tokens[:, step]), runner.decode(tokens[:, step])))
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+
+
+def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any, SourceRecord]:
+    """The model, its tokenizer and its record; an artifact is verified and keeps its packed weights."""
+    from optimizer.source import load_source
+
+    folder = Path(model)
+    if not (folder / MANIFEST).is_file():
+        source = load_source(model, trust_remote_code=trust_remote_code)
+        return source.model, source.tokenizer, SourceRecord(
+            name=source.name, revision=source.revision, digest=source.digest
+        )  # fmt: skip
+    if is_export(folder):
+        raise UsageError(f"{folder} is an export already. Name the model or the artifact that it came from.")
+    from transformers import AutoTokenizer
+
+    from optimizer.checkpoint import load_checkpoint
+
+    manifest = read_manifest(folder)
+    if wrong := verify_artifact(folder):
+        problems = "; ".join(f"{m.path} {m.problem}" for m in wrong)
+        raise ArtifactError(f"{folder} is not as it was written: {problems}")
+    tokenizer = None
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    record = SourceRecord(name=manifest.source.name, revision=manifest.source.revision, digest=manifest.digest)
+    return load_checkpoint(folder, torch.device("cpu")), tokenizer, record
+
+
+def _write_configuration(model: Any, tokenizer: Any, folder: Path) -> None:
+    document = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("quantization_config", "_name_or_path", "roofline_optimizer"):
+        document.pop(name, None)
+    _write(folder / "config.json", document)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    _write(folder / "genai_config.json", genai_config(model.config, getattr(model, "generation_config", None)))
+
+
+def genai_config(config: Any, generation: Any = None) -> dict[str, Any]:
+    """What onnxruntime-genai needs to know of the graph: names, sizes, and where a text ends."""
+    text = config.get_text_config()
+
+    def token(name: str) -> Any:
+        found = getattr(generation, name, None)
+        return getattr(text, name, None) if found is None else found
+
+    context = int(getattr(text, "max_position_embeddings", None) or 4096)
+    end = token("eos_token_id")
+    first_end = end[0] if isinstance(end, list) else end
+    padding = token("pad_token_id")
+    heads = int(text.num_attention_heads)
+    return {
+        "model": {
+            "type": config.model_type,
+            "bos_token_id": token("bos_token_id") or 0,
+            "eos_token_id": 0 if end is None else end,
+            "pad_token_id": padding if padding is not None else first_end or 0,
+            "context_length": context,
+            "vocab_size": int(text.vocab_size),
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": MODEL_FILE,
+                "head_size": int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+                "hidden_size": int(text.hidden_size),
+                "num_attention_heads": heads,
+                "num_hidden_layers": int(text.num_hidden_layers),
+                "num_key_value_heads": int(getattr(text, "num_key_value_heads", None) or heads),
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        # The graph appends to its cache by making a longer one, so past and present share no memory.
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+    }
+
+
+def _write(file: Path, document: Any) -> None:
+    file.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def data(result: ExportResult) -> dict[str, Any]:
+    """The result as plain data."""
+    return {
+        "folder": str(result.folder), "opset": result.exported.opset, "dtype": result.exported.dtype,
+        "bytes": result.bytes, "kernels": result.exported.kernels,
+        "logit_difference": result.difference, "logit_bound": result.bound,
+    }  # fmt: skip
+
+
+def describe(result: ExportResult) -> str:
+    """The result as text."""
+    from collections import Counter
+
+    counts = Counter(result.exported.kernels.values())
+    layers = ", ".join(f"{count} × {kernel}" for kernel, count in counts.most_common())
+    return (
+        f"{result.folder}: ONNX opset {result.exported.opset}, {result.exported.dtype}, {result.bytes / 1e6:.1f} MB\n"
+        f"linear layers: {layers}\n"
+        f"logits differ from PyTorch's by at most {result.difference:.2g} of the largest ({result.bound:.2g} allowed)\n"
+        "UNGATED: measure it with `optimizer eval` and `optimizer bench`"
+    )
