@@ -378,6 +378,48 @@ def roofline(
 
 
 @app.command()
+def diagnose(
+    model: Model = "reference",
+    recipe: Annotated[str | None, typer.Option(help="Diagnose the runner that this recipe makes of the model.")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    prompt: Annotated[int, typer.Option(min=1)] = 128,
+    output: Annotated[int, typer.Option(min=4, help="Tokens of a request; what is next is ranked by it.")] = 64,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the decode step sees; else the prompt and half the output.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the diagnosis to this HTML file as well.")] = None,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Where prefill and decode spend their time, what binds them on this machine, and what to do next."""
+    from optimizer.display import progress_for
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
+    with _errors_to_exit(as_json):
+        from optimizer.diagnose_command import analyse, describe, optimized_runner, save, show
+
+        progress = progress_for(quiet)
+        with progress:
+            if recipe is not None:
+                runner = optimized_runner(
+                    model, recipe, batch=batch, device=device, trust_remote_code=trust_remote_code, progress=progress
+                )
+            else:
+                with progress.phase("load"):
+                    runner = _runner(model, device, trust_remote_code)
+            found = analyse(runner, batch=batch, prompt=prompt, output=output, context=context, progress=progress)
+        title = f"{model}, {f'recipe {recipe}' if recipe else type(runner).__name__}"
+        if out is not None:
+            save(describe(found, title, recipe), out, title)
+        if as_json:
+            _echo_json({"model": model, "recipe": recipe, **found.to_dict()})
+        else:
+            show(describe(found, title, recipe))
+
+
+@app.command()
 def power(
     margin: Annotated[float, typer.Option(help="The loss to exclude: 0.01 is one point of accuracy.")],
     flips: Annotated[float | None, typer.Option(help="Share of 0/1 answers that change, both ways together.")] = None,
