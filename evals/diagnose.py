@@ -20,17 +20,19 @@ from optimizer.evals.architecture import from_module
 from optimizer.evals.ceilings import Ceilings
 from optimizer.evals.crossovers import Crossover, binding, crossovers
 from optimizer.evals.interventions import Intervention, Situation, interventions
-from optimizer.evals.memory_probe import MemoryKind, Operation, probe_memory, working_sets
+from optimizer.evals.memory_probe import MemoryKind, Operation, Probe, probe_memory, working_sets
 from optimizer.evals.placement import Placed, place
-from optimizer.evals.profiling import calibrate, named_kernels, record
+from optimizer.evals.profiling import event_seconds, named_kernels, record
 from optimizer.evals.roofline import ModelShape, Precision, Roofline, StepCost
 from optimizer.evals.runner import Runner
 from optimizer.evals.timing import Workload, measure_generation
-from optimizer.evals.trace import TERM_NAMES, Overheads, Split, merged, scaled, split, windows
+from optimizer.evals.trace import TERM_NAMES, Overheads, Split, call_seconds, merged, scaled, split, windows
 from optimizer.evals.verdicts import Facts, Phase, Verdict, judge_phase
 
 PROFILED_TOKENS = 16
 """Tokens of a profiled generation: steps enough to choose the undisturbed half of them."""
+
+LEAST_OUTPUT = 4
 
 PROBED_LAYERS = 64
 """Linears that the sweep over working sets runs at most."""
@@ -104,7 +106,7 @@ def diagnose(
     *,
     context: int | None = None,
     shape: ModelShape | None = None,
-    probe: Callable[[int], Operation] | None = None,
+    probe: Probe | None = None,
     repeats: int = 3,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -112,9 +114,9 @@ def diagnose(
     """Diagnose the prefill and the decode step of `workload` by a runner.
 
     `context` is what a decode step sees, where that is not the workload's own prompt and half its output. `shape`
-    counts what the model must do, and is read from `runner.model` unless given. `probe(bytes)` gives the operation
-    that a memory-bound step rests on, at a working set of so many bytes; without it the model's linears are run. What
-    is compiled meanwhile names its kernels; a step compiled before does not, and its kernels are then unclassified.
+    counts what the model must do, and is read from `runner.model` unless given. `probe` is the operation
+    that a memory-bound step rests on; without it the model's linears are run. What is compiled meanwhile names its
+    kernels; a step compiled before does not, and what its kernels take is then part of `launch`.
 
     Raises:
         UsageError: a workload longer than the runner's context, or neither a shape nor a model to read it from.
@@ -126,19 +128,22 @@ def diagnose(
         shape = _shape_of(runner, model)
     middle = workload.prompt + workload.output // 2
     context = middle if context is None else context
-    if context < 1:
-        raise UsageError(f"context={context!r} must be at least 1: a decode step comes after a prompt")
+    if context < 1 or workload.output < LEAST_OUTPUT:
+        raise UsageError(
+            f"context={context!r} must be at least 1 and output={workload.output} at least {LEAST_OUTPUT}: the steps "
+            "that are looked at come after a prompt and two tokens"
+        )
     roofline_peak = peak_flops(runner, ceilings)
     jobs: dict[Phase, Workload] = {"prefill": workload, "decode": workload}
     if context != middle:
         output = min(workload.output, PROFILED_TOKENS)
         jobs["decode"] = Workload(workload.batch, max(1, context - output // 2), output)
-    overheads = calibrate()
+    per_event = event_seconds()
     situations, phases = [], []
     with named_kernels():
         for index, (phase, job) in enumerate(jobs.items()):
             seconds = _seconds(runner, job, phase, repeats, seed)
-            average, wall = _recorded(runner, job, phase, shape, model, overheads, seed)
+            average, wall, overheads = _recorded(runner, job, phase, shape, model, per_event, seed)
             facts = _facts(phase, scaled(average, seconds), job, context, shape, ceilings, roofline_peak, overheads)
             found = _diagnosed(facts, shape, model, probe, wall, runner.device, ceilings.bandwidth)
             phases.append(found)
@@ -182,10 +187,13 @@ def _seconds(runner: Runner, job: Workload, phase: Phase, repeats: int, seed: in
 
 
 def _recorded(
-    runner: Runner, job: Workload, phase: Phase, shape: ModelShape, model: nn.Module | None, overheads: Overheads,
+    runner: Runner, job: Workload, phase: Phase, shape: ModelShape, model: nn.Module | None, per_event: float,
     seed: int,
-) -> tuple[Split, float]:  # fmt: skip
-    """The undisturbed half of the profiled steps of a phase, neighbours only ever slowing one down; the shortest."""
+) -> tuple[Split, float, Overheads]:  # fmt: skip
+    """The least disturbed quarter of the profiled steps of a phase, the shortest step, and what calls and events cost.
+
+    Neighbours only ever slow a step down.
+    """
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(
         min(1, runner.vocab_size - 1), runner.vocab_size, (job.batch, job.prompt), generator=generator
@@ -193,11 +201,11 @@ def _recorded(
     tokens: Tensor = prompts.to(runner.device)
     layers = frozenset(op.name for op in shape.ops)
     output, rounds = (2, 6) if phase == "prefill" else (min(job.output, PROFILED_TOKENS), 2)
-    events = record(runner, tokens, max(output, 4) if phase == "decode" else output, model, layers, rounds)
+    events = record(runner, tokens, output, model, layers, rounds)
+    overheads = Overheads(per_event, call_seconds(events) or 0.0)
     spans = windows(events, first=phase == "prefill")
     steps = sorted((split(events, start, end, overheads) for start, end in spans), key=lambda one: one.seconds)
-    half = max(1, len(steps) // 2)
-    return merged(steps[:half]), min(end - start for start, end in spans)
+    return merged(steps[: max(1, len(steps) // 4)]), min(end - start for start, end in spans), overheads
 
 
 def _facts(
@@ -211,7 +219,7 @@ def _facts(
 
 
 def _diagnosed(
-    facts: Facts, shape: ModelShape, model: nn.Module | None, probe: Callable[[int], Operation] | None, wall: float,
+    facts: Facts, shape: ModelShape, model: nn.Module | None, probe: Probe | None, wall: float,
     device: torch.device, bandwidth: Callable[[float], float],
 ) -> PhaseDiagnosis:  # fmt: skip
     """Place, judge, and put together."""
@@ -219,8 +227,8 @@ def _diagnosed(
     kernels, layers = place(facts.split, shape, cost, facts.roofline, bandwidth)
 
     def sweep() -> MemoryKind:
-        operation_at = probe or linears_at(model, load.batch * load.tokens, device)
-        return probe_memory(operation_at, working_sets(int(cost.required_bytes)), device=device)
+        used = probe or Probe(linears_at(model, load.batch * load.tokens, device), int(cost.required_bytes))
+        return probe_memory(used.operation_at, working_sets(used.working_set), device=device)
 
     able = probe is not None or (facts.largest == "matmul" and model is not None and _linears(model))
     verdict, why, memory = judge_phase(facts, sweep if able else None)

@@ -44,6 +44,14 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """An operation at any working set, and the working set in bytes at which a step runs it."""
+
+    operation_at: OperationAt
+    working_set: int
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """A working set in bytes, and the bytes per second of the operation and of a stream over it."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +15,14 @@ from torch import Tensor, nn
 
 from optimizer.evals.runner import Runner
 from optimizer.evals.timing import synchronise
-from optimizer.evals.trace import FORWARD, LAYER, START, TOKEN, Event, Overheads
+from optimizer.evals.trace import CALIBRATION, FORWARD, LAYER, START, TOKEN, Event
 
 if TYPE_CHECKING:
     from torch.profiler import profile
+
+
+SMALLEST_CALLS = 64
+"""Calls of the smallest operation before each profiled generation, which say what any call costs at that time."""
 
 
 def record(
@@ -31,7 +34,7 @@ def record(
     """
     from torch.profiler import ProfilerActivity, profile
 
-    device = runner.device
+    device, scalar = runner.device, torch.zeros(1)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with layer_ranges(model, layers, device), profile(activities=activities, record_shapes=True) as prof:
         for _ in range(rounds):
@@ -42,6 +45,9 @@ def record(
                     mark(TOKEN, device)
                     phase.enter_context(phase_range("optimizer.decode", device))
 
+                with torch.profiler.record_function(CALIBRATION):
+                    for _ in range(SMALLEST_CALLS):
+                        scalar.add_(1)
                 mark(START, device)
                 phase.enter_context(phase_range("optimizer.prefill", device))
                 runner.generate(tokens, max_new_tokens=output, temperature=0.0, eos_token_id=None, on_token=next_step)
@@ -102,8 +108,8 @@ def _hooked(module: nn.Module, name: str, device: torch.device) -> tuple[Any, An
     return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
 
 
-def calibrate(calls: int = 300, rounds: int = 3, clock: Callable[[], float] = time.perf_counter) -> Overheads:
-    """Measure what the profiler adds for an event, and the fixed cost of a call, on the smallest operation there is."""
+def event_seconds(calls: int = 300, rounds: int = 3, clock: Callable[[], float] = time.perf_counter) -> float:
+    """What the profiler adds for each event on this machine, measured on the smallest operation there is."""
     from torch.profiler import ProfilerActivity, profile
 
     scalar = torch.zeros(1)
@@ -115,14 +121,12 @@ def calibrate(calls: int = 300, rounds: int = 3, clock: Callable[[], float] = ti
         return (clock() - began) / calls
 
     seconds()
-    added, inside = [], []
+    bare, profiled = [], []
     for _ in range(rounds):
-        bare = seconds()
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
-            seconds()
-            added.append(seconds() - bare)
-        inside += [e.time_range.elapsed_us() / 1e6 for e in prof.events() or [] if e.name == "aten::add_"]
-    return Overheads(max(0.0, min(added)), median(inside))
+        bare.append(seconds())
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True):
+            profiled.append(seconds())
+    return max(0.0, min(profiled) - min(bare))
 
 
 def events_of(prof: profile) -> list[Event]:

@@ -5,9 +5,8 @@
 do the gaps between operations of a forward pass, up to `HOST_GAP_SECONDS` each. What is left, and every gap outside a
 forward pass, is the `host`'s. On a GPU work is the kernels' own time, and gaps are those in which none runs.
 
-The profiler costs time itself, which lands between events and not in them: `profiling.calibrate` measures it on this
-machine, and each event's share is taken out of the gap where it lies. `scaled` then stretches the split to the
-unprofiled step.
+The profiler costs time itself, which lands between events and not in them: `profiling.event_seconds` measures it, and
+each event's share is taken out of the gap where it lies. `scaled` then stretches the split to the unprofiled step.
 A name that no pattern matches is kept by its name under `unclassified`.
 """
 
@@ -18,6 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, Literal, get_args
 
 Term = Literal["matmul", "attention", "elementwise", "kv", "communication", "launch", "host", "unclassified"]
@@ -28,7 +28,7 @@ HOST_GAP_SECONDS = 5e-4
 """Python takes 5 to 200 µs from one operation of a forward pass to the next; what takes longer is other work."""
 
 LAYER, FORWARD = "optimizer.layer:", "optimizer.forward"
-START, TOKEN = "optimizer.start", "optimizer.token"
+START, TOKEN, CALIBRATION = "optimizer.start", "optimizer.token", "optimizer.calibration"
 FORWARDS = re.compile(rf"^({FORWARD}|Torch-Compiled Region|## Call CompiledFxGraph)")
 COMPILED = re.compile(r"^(## Call CompiledFxGraph|cudaGraphLaunch)")
 RANGES = re.compile(
@@ -43,7 +43,7 @@ TERMS: tuple[tuple[str, Term], ...] = (  # the first pattern found in a lower-ca
     (r"kv_write|index_copy|cache_kernel|reshape_and_cache|append_kv|cache_update", "kv"),
     (r"attention|flash|fmha|sdpa|attn", "attention"),
     (r"gemm|gemv|matmul|mv_kernel|cublas|cutlass|nvjet|xmma|wgmma|conv1d|convolution|linear(?!ize)", "matmul"),
-    (r"(^|::|_)(add|int_|scaled_|b|weight_int\dpack_)?mm(_|$|out)|(::|_)(mv|dot|addmv|baddbmm|einsum)$", "matmul"),
+    (r"(^|::|_)(add|int_|scaled_|b|weight_int\dpack_)?mm(_|$|out)|(::|_)(mv|dot|addmv|baddbmm|einsum)_?$", "matmul"),
     (r"vectorized|elementwise|reduce_kernel|softmax|layer_?norm|rms_?norm", "elementwise"),
     (r"catarray|memcpy|memset|index_?select|gather|scatter|distribution|rope|gated|quantize_rows", "elementwise"),
     (
@@ -277,3 +277,10 @@ def windows(events: Sequence[Event], first: bool) -> list[tuple[float, float]]:
         if after.name == TOKEN and (since == 0 if first else since > 1):
             found.append((before.end, after.start))
     return found
+
+
+def call_seconds(events: Sequence[Event]) -> float | None:
+    """The fixed cost of a call: the median of the smallest operations, which ran in the same trace for this purpose."""
+    within = {index for index, event in enumerate(events) if event.name == CALIBRATION}
+    costs = [event.seconds for event in events if event.parent in within]
+    return median(costs) if costs else None

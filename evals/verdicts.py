@@ -27,7 +27,7 @@ Verdict = Literal[
 MUCH = 0.10  # of a step: a share of gaps or communication from which it comes first
 HOST = 0.25  # of a step: below it the host is not what holds a step up
 NEAR = 0.80  # of attainable: beyond it stop
-FAR = 0.30  # of attainable: below it, on neither ceiling
+FAR = 0.20  # of attainable: below it, on neither ceiling
 SHORT_CALLS = 10.0  # a call is short up to this many fixed costs of a call
 
 
@@ -65,7 +65,7 @@ class Facts:
     @property
     def largest(self) -> Term:
         """The term of work that takes the most; attention and the upkeep of its cache are one."""
-        shares: dict[Term, float] = {term: self.share(term) for term in WORK - {"kv"}}
+        shares: dict[Term, float] = {term: self.share(term) for term in (WORK - {"kv"}) | {"unclassified"}}
         shares["attention"] += self.share("kv")
         return max(shares, key=lambda term: shares[term])
 
