@@ -19,7 +19,7 @@ from optimizer.backends.runner import BaseRunner
 from optimizer.calibration import load_calibration
 from optimizer.card import model_card
 from optimizer.checkpoint import load_checkpoint, save_checkpoint
-from optimizer.errors import ArtifactError, OptimizerError, RecipeError
+from optimizer.errors import ArtifactError, OptimizerError, RecipeError, UsageError
 from optimizer.evals.lm_eval_results import save_lm_eval_results, seeds
 from optimizer.export_command import is_export, load_export
 from optimizer.inspection import inspect_checkpoint
@@ -27,6 +27,8 @@ from optimizer.passes.base import Context, Pass
 from optimizer.passes.decode import Decode
 from optimizer.passes.merge_linears import MergeLinears
 from optimizer.pipeline import Outcome, apply_passes, choose_device, run
+from optimizer.plan_command import AUTO, MINUTES, base_recipe, plan_model
+from optimizer.plan_entry import plan_entry
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
 from optimizer.report import Report
@@ -125,6 +127,7 @@ def optimize(
     inplace: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    minutes: float | None = None,
 ) -> Result:
     """Optimize a causal language model, measure it against the original, and judge it by the recipe's floors.
 
@@ -134,9 +137,16 @@ def optimize(
     `datasets` object or the `Path` of a file; without it they use built-in text, and the report says so. Giving it to
     a recipe that does not calibrate is an error. With `out`, the artifact is saved there if the gate passes.
 
+    The recipe `auto` is made here: candidates are predicted, tried and judged for at most `minutes` (10 unless given),
+    and the fastest that holds its floors is the result. With `out` what was measured is kept beside it in `plan`, so
+    that a run that was killed goes on.
+
     Raises a subclass of `OptimizerError` that names the thing, the rule and the remedy.
     """
-    recipe = Recipe.load(recipe)
+    planned = recipe == AUTO
+    if minutes is not None and not planned:
+        raise UsageError(f"minutes is the time of a plan, and recipe {str(recipe)!r} has none. Use recipe auto.")
+    recipe = base_recipe() if planned else Recipe.load(recipe)
     progress = progress or Progress()
     target = choose_device(device)
     if out is not None:
@@ -144,7 +154,7 @@ def optimize(
     with progress.phase("load"):
         source = load_source(model, tokenizer=tokenizer, device=target, trust_remote_code=trust_remote_code)
     data = None
-    if any(getattr(step, "calibrates", False) for step in recipe.build_passes()):
+    if planned or any(getattr(step, "calibrates", False) for step in recipe.build_passes()):
         with progress.phase("calibration data"):
             data = load_calibration(calibration, source.tokenizer, source.model.config, recipe.calibration)
     elif calibration is not None:
@@ -154,8 +164,17 @@ def optimize(
         )
     if out is not None:
         check_output(out, sum(p.numel() * p.element_size() for p in source.model.parameters()))
-    outcome = run(source, recipe, calibration=data, inplace=inplace, progress=progress)
-    result = Result(outcome.runner, build_report(outcome), outcome)
+    if planned:
+        found = plan_model(
+            source, recipe, calibration=data, minutes=minutes or MINUTES, progress=progress,
+            folder=None if out is None else Path(out).absolute().with_name("plan"),
+        )  # fmt: skip
+        outcome = found.outcome(inplace=inplace)
+        report = build_report(outcome).model_copy(update={"plan": plan_entry(found.plan)})
+    else:
+        outcome = run(source, recipe, calibration=data, inplace=inplace, progress=progress)
+        report = build_report(outcome)
+    result = Result(outcome.runner, report, outcome)
     if out is not None and result.passed:
         with progress.phase("save"):
             result.save(out)

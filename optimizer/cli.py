@@ -37,8 +37,11 @@ RemoteCode = Annotated[bool, typer.Option(help="Run Python code that the model's
 @app.command()
 def run(
     model: Model = "reference",
-    recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")] = "default",
+    recipe: Annotated[
+        str, typer.Option(help="A built-in recipe, a YAML file, or `auto` to search for the best.")
+    ] = "default",
     out: Annotated[Path | None, typer.Option(help="Folder for the artifact; its report lies beside it.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="With --recipe auto: the time it has (10).")] = None,
     calibration: Calibration = None,
     device: Device = "auto",
     ungated: Annotated[
@@ -62,7 +65,7 @@ def run(
         with progress:
             result = optimize(
                 model, recipe, calibration=calibration, device=device, progress=progress,
-                trust_remote_code=trust_remote_code, out=None if out is None else out / "artifact",
+                trust_remote_code=trust_remote_code, out=None if out is None else out / "artifact", minutes=minutes,
             )  # fmt: skip
             if out is not None and ungated and not result.passed:
                 result.save(out / "artifact", ungated=True)
@@ -74,6 +77,8 @@ def run(
             out.mkdir(parents=True, exist_ok=True)
             written = [str(report.save(out / f"report.{kind}")) for kind in ("html", "md", "json")]
             result.save_lm_eval(out / "lm_eval")
+            if report.plan is not None:
+                (out / "plan.yaml").write_text(result.outcome.recipe.to_yaml(), encoding="utf-8")
         if as_json:
             typer.echo(report.to_json())
         else:
@@ -96,6 +101,53 @@ def _fate(artifact: Path, passed: bool, ungated: bool) -> str:
         return f"{artifact}, marked UNGATED"
     earlier = f"; {artifact} is an earlier run's, untouched" if artifact.exists() else ""
     return f"none, the gate refused it{earlier}"
+
+
+@app.command()
+def plan(
+    model: Model = "reference",
+    recipe: Annotated[
+        str,
+        typer.Option(help="What to hold to: workload, evaluation and floors of a recipe, whose passes are replaced."),
+    ] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for plan.yaml, and for what was measured.")] = Path("out/plan"),
+    goal: Annotated[list[str] | None, typer.Option(help="For example decode.speedup>=3; may be repeated.")] = None,
+    quality: Annotated[
+        float | None, typer.Option(help="Share of quality to keep: 0.99 allows 1 % more perplexity.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="No try is begun that would end later.")] = 10.0,
+    batch: Annotated[int | None, typer.Option(min=1)] = None,
+    prompt: Annotated[int | None, typer.Option(min=1)] = None,
+    output: Annotated[int | None, typer.Option(min=2)] = None,
+    calibration: Calibration = None,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search for the fastest recipe that keeps the quality; run again to go on where a killed search stopped."""
+    from optimizer.display import progress_for
+
+    with _errors_to_exit(as_json):
+        from optimizer.plan import parse_goal
+        from optimizer.plan_command import base_recipe, describe, document, make_plan
+
+        goals = [parse_goal(text) for text in goal or ()]
+        size = {"batch": batch, "prompt": prompt, "output": output}
+        base = base_recipe(recipe, goals=goals, quality=quality, workload=size)
+        progress = progress_for(quiet)
+        with progress:
+            planned = make_plan(
+                model, base, out, goals=goals, minutes=minutes, calibration=calibration, device=device,
+                trust_remote_code=trust_remote_code, progress=progress,
+            )  # fmt: skip
+        if as_json:
+            _echo_json(document(planned))
+        else:
+            typer.echo(describe(planned))
+            if planned.plan.chosen is not None:
+                typer.echo(f"recipe: {out / 'plan.yaml'}")
+    raise typer.Exit(0 if planned.plan.passed else 1)
 
 
 @app.command()

@@ -46,6 +46,10 @@ class PlainProgress(Progress):
         """Say how long it took."""
         print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
 
+    def said(self, text: str) -> None:
+        """The line as it is."""
+        print(text, file=sys.stderr, flush=True)
+
 
 class QuietProgress(PlainProgress):
     """Keeps the times, shows nothing."""
@@ -57,6 +61,9 @@ class QuietProgress(PlainProgress):
         """Nothing."""
 
     def finished(self, name: str, seconds: float) -> None:
+        """Nothing."""
+
+    def said(self, text: str) -> None:
         """Nothing."""
 
 
@@ -94,6 +101,10 @@ class LiveProgress(PlainProgress):
         """Replace the bar by a line."""
         self._bars.remove_task(self._task)
         self._bars.console.print(f"[dim]{name}: {seconds:.1f} s[/dim]")
+
+    def said(self, text: str) -> None:
+        """A line above the bar."""
+        self._bars.console.print(text, markup=False)
 
 
 def progress_for(quiet: bool) -> PlainProgress:

@@ -159,14 +159,14 @@ def run(
     workload = Workload(recipe.workload.batch, recipe.workload.prompt, recipe.workload.output)
     context = Context(
         tokenizer=source.tokenizer, batch=workload.batch, progress=progress.update, calibration=calibration,
-        scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(_median_seconds, device=original.device),
+        scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(median_seconds, device=original.device),
     )  # fmt: skip
     passes = recipe.build_passes()
     cells = {cell.name: Workload(cell.batch, cell.context, cell.output) for cell in recipe.workload.cells}
     longest = min([p.max_context for p in passes if isinstance(p, Decode) and p.max_context] + [original.max_context])
-    _check_workload("workload", original.max_context, workload)
+    check_workload("workload", original.max_context, workload)
     for name, cell in cells.items():
-        _check_workload(f"workload cell {name}", longest, cell)
+        check_workload(f"workload cell {name}", longest, cell)
     if recipe.serving is not None and not any(isinstance(p, Decode) and p.cache == "paged" for p in passes):
         raise UsageError("serving: requests that come and go need the pass `decode` with `cache: paged`. Add it.")
     # A second pass of a kind may rest on what the first did, so it is checked when its turn comes.
@@ -215,8 +215,13 @@ def run(
         tuple(at.values()), divergence, served,
     )  # fmt: skip
     if inplace:
-        vars(model).update(vars(optimized))  # modules, and what a pass changed in the configuration
+        replace_model(model, optimized)
     return outcome
+
+
+def replace_model(model: Any, optimized: Any) -> None:
+    """Make the caller's model the optimized one: its modules, and what a pass changed in the configuration."""
+    vars(model).update(vars(optimized))
 
 
 def original_runner(source: Source) -> EagerRunner:
@@ -266,8 +271,7 @@ def measure_speed(
     phases = {}
     for variant, runner in runners.items():
         shape = from_module(runner.model)
-        dtype = str(runner.dtype).removeprefix("torch.")
-        peak = max(rate for name, rate in ceilings.matmul_flops.items() if name in (dtype, "float32"))
+        peak = matmul_peak(ceilings, runner.dtype)
         timing = timings[variant]
         costs = {
             "prefill": (shape.prefill(workload.batch, workload.prompt), timing.ttft.median),
@@ -282,12 +286,19 @@ def measure_speed(
     )  # fmt: skip
 
 
-def _median_seconds(calls: Mapping[str, Callable[[], object]], *, device: torch.device) -> dict[str, float]:
+def median_seconds(calls: Mapping[str, Callable[[], object]], *, device: torch.device) -> dict[str, float]:
     """The median seconds of each call, interleaved."""
     return {name: Summary.of(s).median for name, s in time_interleaved(calls, repeats=15, device=device).items()}
 
 
-def _check_workload(name: str, max_context: int, workload: Workload) -> None:
+def matmul_peak(ceilings: Ceilings, dtype: torch.dtype) -> float:
+    """The matrix-multiply rate that a model in `dtype` can use: its own, or float32's where that is higher."""
+    name = str(dtype).removeprefix("torch.")
+    return max(rate for found, rate in ceilings.matmul_flops.items() if found in (name, "float32"))
+
+
+def check_workload(name: str, max_context: int, workload: Workload) -> None:
+    """`UsageError` for a workload longer than `max_context` positions; `name` says which it is."""
     if workload.prompt + workload.output > max_context:
         raise UsageError(
             f"{name}: prompt {workload.prompt} + output {workload.output} exceed the model's "

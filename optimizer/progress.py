@@ -33,3 +33,6 @@ class Progress:
 
     def finished(self, name: str, seconds: float) -> None:
         """A phase ended after so many seconds."""
+
+    def said(self, text: str) -> None:
+        """A line of what was found on the way."""

@@ -24,6 +24,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from optimizer.errors import ArtifactError, OutputError, UsageError
+from optimizer.plan_entry import PlanEntry
 from optimizer.report_units import (
     BYTES,
     COUNT,
@@ -388,6 +389,7 @@ class Report(_Entry):
     memory: Memory
     roofline: list[RooflinePoint] = []
     serving: Serving | None = None
+    plan: PlanEntry | None = None
     ledger: Ledger = Ledger()
     floors: list[FloorEntry] = []
     costs: list[Cost] = []
