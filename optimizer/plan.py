@@ -25,8 +25,9 @@ from optimizer.evals.predict import Bottleneck, Correction, LinearTimes, Objecti
 LEAST_GAIN = 0.03
 """A candidate is tried only where it is predicted to be this share faster than the best so far."""
 
-LEAST_TERM = 0.05
-"""A term of a phase that is a smaller share of it is not worth relieving."""
+LEAST_TERM = 0.01
+"""A term of a phase that is a smaller share of it is not worth relieving. Kernels are often several times above their
+bytes, so a small share may hide a large one; what is above it is measured."""
 
 TIE = 0.03
 """Predictions that are no further apart than this share are equally good: the less risky goes first."""

@@ -200,6 +200,7 @@ class ModelBench:
         return self.original.device.type == "cuda"  # on a CPU the sites are left to Inductor
 
     def applied(self, passes: Sequence[Mapping[str, Any]]) -> tuple[Any, Context]:
+        """A view of the model with the passes carried out, and the context that makes its runner."""
         model, context = view(self.source.model), self._context()
         built = [build_pass(p["name"], {k: v for k, v in p.items() if k != "name"}) for p in passes]
         apply_passes(model, built, context, Progress())
