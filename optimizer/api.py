@@ -138,8 +138,8 @@ def optimize(
     a recipe that does not calibrate is an error. With `out`, the artifact is saved there if the gate passes.
 
     The recipe `auto` is made here: candidates are predicted, tried and judged for at most `minutes` (10 unless given),
-    and the fastest that holds its floors is the result. With `out` what was measured is kept beside it in `plan`, so
-    that a run that was killed goes on.
+    and the fastest that holds its floors is the result. With `out` what was measured is kept beside it, in
+    `.<name>.plan`, so that a run that was killed goes on.
 
     Raises a subclass of `OptimizerError` that names the thing, the rule and the remedy.
     """
@@ -167,7 +167,7 @@ def optimize(
     if planned:
         found = plan_model(
             source, recipe, calibration=data, minutes=minutes or MINUTES, progress=progress,
-            folder=None if out is None else Path(out).absolute().with_name("plan"),
+            folder=None if out is None else Path(out).absolute().with_name(f".{Path(out).name}.plan"),
         )  # fmt: skip
         outcome = found.outcome(inplace=inplace)
         report = build_report(outcome).model_copy(update={"plan": plan_entry(found.plan)})

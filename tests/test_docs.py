@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from benchmarks import peers_cpu, serving_cpu, streaming
+from benchmarks import peers_cpu, predict, serving_cpu, streaming
 from benchmarks.decode import markdown
 from benchmarks.gpu import claims
 from optimizer.cli import app
@@ -71,6 +71,24 @@ def test_the_page_on_the_paged_cache_shows_the_committed_result():
 def test_the_page_on_streaming_shows_the_committed_result():
     result = json.loads((ROOT / "benchmarks/results/streaming.json").read_text(encoding="utf-8"))
     assert streaming.markdown(result["rows"]) in (ROOT / "docs/streaming.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_plans_shows_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/predict-cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- results -->\n(.*?)<!-- end of results -->", page, re.DOTALL)[1]
+    assert shown == predict.markdown(result) + "\n"
+
+
+def test_a_missed_error_of_predictions_is_written_down_as_missed():
+    row = {"candidate": "c", "predicted": {"ttft": 1.0, "tpot": 2.0}, "raw": {"ttft": 1.0, "tpot": 2.0},
+           "measured": {"ttft": 2.0, "tpot": 1.0}}  # fmt: skip
+    result = {"workload": {"batch": 1, "prompt": 2, "output": 3}, "unquantized": {"ttft": 1, "tpot": 1}, "rows": [row],
+              "left_out": {}}  # fmt: skip
+    machine = {"device": "d", "cores": 1, "isa": "i"}
+    page = predict.markdown({"results": [result], "machine": machine, "versions": {"torch": "2"}, "date": "today"})
+    assert "Median error over 1 candidates: 75.0%" in page
+    assert "**missed**" in page
 
 
 def test_every_gpu_claim_names_a_result_or_says_not_measured():

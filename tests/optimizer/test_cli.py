@@ -298,7 +298,9 @@ def test_bench_times_two_models_side_by_side(work: Path, passed: tuple[Ran, Path
     assert f"{model} (again) is " in text.stdout
 
 
-@pytest.mark.parametrize("command", ["", "run", "quantize", "recipes", "eval", "bench", "roofline", "verify", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "run", "plan", "quantize", "recipes", "eval", "bench", "roofline", "verify", "doctor"]
+)
 def test_every_command_has_help(command: str) -> None:
     for flag in ("--help", "-h"):
         ran = invoke(*([command] if command else []), flag)

@@ -212,10 +212,12 @@ def test_the_plan_of_the_recipe_auto_is_part_of_the_report_and_its_recipe_reprod
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("optimizer.api.base_recipe", small)
-    result = optimize(folder, "auto", out=tmp_path / "artifact", minutes=5)
-    assert result.passed
+    ran = CliRunner().invoke(
+        app, ["run", str(folder), "--recipe", "auto", "--minutes", "5", "--out", str(tmp_path), "--quiet"]
+    )
+    assert ran.exit_code == 0, ran.output
     report = Report.from_json((tmp_path / "artifact" / "report.json").read_text())
-    assert report == result.report
+    assert report == Report.from_json((tmp_path / "report.json").read_text())
     assert report.plan is not None
     (best,) = [step for step in report.plan.steps if step.chosen]
     assert best.measured_tpot_seconds is not None
@@ -223,12 +225,14 @@ def test_the_plan_of_the_recipe_auto_is_part_of_the_report_and_its_recipe_reprod
     for text in (report.to_markdown(), report.to_html()):
         assert best.candidate in text
         assert report.plan.stopped in text
-    assert (tmp_path / "plan").is_dir()
+    assert (tmp_path / ".artifact.plan").is_dir()
     saved = Recipe.from_yaml(tmp_path / "artifact" / "recipe.yaml")
-    assert saved == result.outcome.recipe
-    again = optimize(folder, saved)
-    assert again.outcome.weight_bytes == result.outcome.weight_bytes
-    assert again.outcome.evidence[PERPLEXITY] == result.outcome.evidence[PERPLEXITY]
+    assert saved == Recipe.from_yaml(tmp_path / "plan.yaml")
+    assert saved.model_dump(mode="json") == report.recipe
+    again = optimize(folder, tmp_path / "plan.yaml").report
+    assert again.memory.weights_bytes_after == report.memory.weights_bytes_after
+    assert again.quality == report.quality
+    assert again.plan is None
 
 
 def test_inplace_makes_the_model_the_planned_one(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
