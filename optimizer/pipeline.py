@@ -159,7 +159,7 @@ def run(
     workload = Workload(recipe.workload.batch, recipe.workload.prompt, recipe.workload.output)
     context = Context(
         tokenizer=source.tokenizer, batch=workload.batch, progress=progress.update, calibration=calibration,
-        scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(median_seconds, device=original.device),
+        scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(_median_seconds, device=original.device),
     )  # fmt: skip
     passes = recipe.build_passes()
     cells = {cell.name: Workload(cell.batch, cell.context, cell.output) for cell in recipe.workload.cells}
@@ -286,7 +286,7 @@ def measure_speed(
     )  # fmt: skip
 
 
-def median_seconds(calls: Mapping[str, Callable[[], object]], *, device: torch.device) -> dict[str, float]:
+def _median_seconds(calls: Mapping[str, Callable[[], object]], *, device: torch.device) -> dict[str, float]:
     """The median seconds of each call, interleaved."""
     return {name: Summary.of(s).median for name, s in time_interleaved(calls, repeats=15, device=device).items()}
 

@@ -31,7 +31,7 @@ from optimizer.evals.gate import Measurement
 from optimizer.evals.predict import Bottleneck, LinearTimes, StepTimes
 from optimizer.evals.quality import MetricResult, QualityResult
 from optimizer.evals.roofline import ModelShape, Precision, Roofline
-from optimizer.evals.timing import Workload, measure_generation
+from optimizer.evals.timing import Summary, Workload, measure_generation, time_interleaved
 from optimizer.passes.base import Context, view
 from optimizer.passes.calibration import Calibration
 from optimizer.passes.quantize import Quantize
@@ -43,7 +43,6 @@ from optimizer.pipeline import (
     check_workload,
     matmul_peak,
     measure_baseline,
-    median_seconds,
     original_runner,
     run,
 )
@@ -256,20 +255,23 @@ class ModelBench:
             return self._time_phases(_kinds(self._products, quantized, QuantizedLinear))
 
     def _time_phases(self, kinds: Sequence[_Kind]) -> list[dict[str, Any]]:
-        """Each kind in prefill and in a decode step, plain and quantized."""
+        """Each kind whose layers differ in prefill and in a decode step, plain and quantized."""
         rows = bucket(self.workload.batch)
-        phases = {"ttft": (self.workload.batch, self.workload.prompt), "tpot": (rows, 1)}
+        phases = {"ttft": (self.workload.batch, self.workload.prompt, 1), "tpot": (rows, 1, 5)}
         seconds = {phase: self._time_kinds(kinds, *size) for phase, size in phases.items()}
         return [
             {
                 "kind": kind.name, "layers": list(kind.layers), "shape": list(kind.shape),
-                **{v: {phase: seconds[phase][i, v] for phase in phases} for v in ("plain", "quantized")},
+                **{v: {phase: seconds[phase][v][i] for phase in phases} for v in ("plain", "quantized")},
             }
             for i, kind in enumerate(kinds)
+            if kind.reported
         ]  # fmt: skip
 
-    def _time_kinds(self, kinds: Sequence[_Kind], batch: int, tokens: int) -> dict[tuple[int, str], float]:
-        """Median seconds of all layers of a kind, plain and quantized, interleaved."""
+    def _time_kinds(
+        self, kinds: Sequence[_Kind], batch: int, tokens: int, repeats: int
+    ) -> dict[str, dict[int, float]]:  # fmt: skip
+        """Median seconds of all layers of a kind, plain and quantized."""
         device, dtype = self.original.device, self.original.dtype
         generator = torch.Generator().manual_seed(0)
         features = sorted({kind.shape[1] for kind in kinds})
@@ -278,14 +280,12 @@ class ModelBench:
         def call(modules: Sequence[nn.Module], x: torch.Tensor) -> Callable[[], object]:
             return lambda: [module(x) for module in modules]
 
-        calls = {
-            f"{variant} {i}": call(modules, inputs[kind.shape[1]])
-            for variant in ("plain", "quantized")
-            for i, kind in enumerate(kinds)
-            for modules in (kind.plain if variant == "plain" else kind.quantized,)
+        variants = {
+            "plain": {str(i): call(kind.plain, inputs[kind.shape[1]]) for i, kind in enumerate(kinds)},
+            "quantized": {str(i): call(kind.quantized, inputs[kind.shape[1]]) for i, kind in enumerate(kinds)},
         }
-        found = median_seconds(calls, device=device)
-        return {(i, v): found[f"{v} {i}"] for i in range(len(kinds)) for v in ("plain", "quantized")}
+        found = time_variants(variants, repeats=repeats, device=device)
+        return {variant: {int(i): seconds for i, seconds in calls.items()} for variant, calls in found.items()}
 
     def candidate_recipe(self, candidate: Candidate, ignore: Sequence[str]) -> Recipe:
         """The base recipe with the candidate's passes."""
@@ -354,6 +354,7 @@ class _Kind:
     shape: tuple[int, int]
     plain: tuple[nn.Module, ...]
     quantized: tuple[nn.Module, ...]
+    reported: bool
 
 
 def unquantized(cache: CacheOption) -> Candidate:
@@ -373,22 +374,40 @@ def served(model: nn.Module) -> dict[tuple[str, ...], nn.Module]:
 def _kinds(
     plain: Mapping[tuple[str, ...], nn.Module], quantized: Mapping[tuple[str, ...], nn.Module], of: type[nn.Module]
 ) -> list[_Kind]:
-    """Products of the class `of` beside the plain ones in whose place they stand, by name and shape."""
+    """Products by name and shape, beside those that stand in their place; `of` is the class that is reported."""
     by_layer = {name: module for names, module in quantized.items() for name in names}
-    groups: dict[tuple[str, tuple[int, int]], list[tuple[tuple[str, ...], nn.Module]]] = {}
+    groups: dict[tuple[str, tuple[int, int], bool], list[tuple[tuple[str, ...], nn.Module]]] = {}
     for names, module in plain.items():
-        if isinstance(by_layer.get(names[0]), of):
-            kind = " + ".join(name.rpartition(".")[2] for name in names)
-            shape = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-            groups.setdefault((kind, shape), []).append((names, module))
+        kind = " + ".join(name.rpartition(".")[2] for name in names)
+        shape = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+        reported = isinstance(by_layer.get(names[0]), of)
+        groups.setdefault((kind, shape, reported), []).append((names, module))
     return [
         _Kind(
             kind, tuple(name for names, _ in members for name in names), shape,
             tuple(module for _, module in members),
             tuple(dict.fromkeys(by_layer[name] for names, _ in members for name in names)),
+            reported,
         )
-        for (kind, shape), members in groups.items()
+        for (kind, shape, reported), members in groups.items()
     ]  # fmt: skip
+
+
+def time_variants(
+    variants: Mapping[str, Mapping[str, Callable[[], object]]], *, repeats: int, device: torch.device, blocks: int = 3
+) -> dict[str, dict[str, float]]:
+    """Median seconds of each call of each variant, the variants taking turns for a few rounds of all their calls.
+
+    So the caches hold what they hold while one model generates: its own weights, and of no other variant.
+    """
+    samples: dict[str, dict[str, list[float]]] = {
+        name: {call: [] for call in calls} for name, calls in variants.items()
+    }
+    for _ in range(blocks):
+        for name, calls in variants.items():
+            for call, seconds in time_interleaved(calls, repeats=repeats, warmup=1, device=device).items():
+                samples[name][call] += seconds
+    return {name: {call: Summary.of(s).median for call, s in calls.items()} for name, calls in samples.items()}
 
 
 def _patterns(names: Sequence[str], layers: Mapping[str, object]) -> list[str]:

@@ -97,7 +97,7 @@ def test_each_prediction_was_kept_before_its_try(planned: tuple[plan_command.Pla
 def test_a_second_plan_measures_nothing_again_and_says_the_same(
     planned: tuple[plan_command.Planned, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbid(monkeypatch, "run", "measure_baseline", "measure_generation", "median_seconds")
+    forbid(monkeypatch, "run", "measure_baseline", "measure_generation", "time_variants")
     again = plan_model(load_source(folder), small(), folder=planned[1])
     assert document(again)["plan"]["steps"] == document(planned[0])["plan"]["steps"]
     assert document(again) == document(planned[0])
@@ -138,7 +138,11 @@ def test_a_search_that_was_killed_goes_on_after_the_finished_try(
 ) -> None:
     strict = small({"metric": PERPLEXITY, "at_most": 1e-3})  # nothing holds it, so that the next is tried
     monkeypatch.setattr(
-        plan_bench, "median_seconds", lambda calls, **_: {n: 1e-4 if n.startswith("p") else 1e-6 for n in calls}
+        plan_bench,
+        "time_variants",
+        lambda variants, **_: {
+            v: dict.fromkeys(calls, 1.0 if v == "plain" else 1e-3) for v, calls in variants.items()
+        },
     )
     run, calls = plan_bench.run, []
 
@@ -177,11 +181,11 @@ def test_two_searches_of_the_same_do_not_share_a_folder(source: Source, tmp_path
 def test_layers_that_are_slower_quantized_are_left_out_of_the_recipe(
     source: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def slow_down(calls: Any, *, device: Any) -> dict[str, float]:
-        names = sorted(calls, key=lambda name: (name.split()[0], int(name.split()[1])))
-        return {name: 3.0 if name == "quantized 1" else 1.0 if "quantized" in name else 2.0 for name in names}
+    def slow_down(variants: Any, **_: Any) -> dict[str, dict[str, float]]:
+        """The second kind takes longer quantized, every other half as long."""
+        return {v: {c: 2e-4 * (1 if v == "plain" else 1.5 if c == "1" else 0.5) for c in variants[v]} for v in variants}
 
-    monkeypatch.setattr(plan_bench, "median_seconds", slow_down)
+    monkeypatch.setattr(plan_bench, "time_variants", slow_down)
     found = plan_model(source, small(), folder=tmp_path)
     step = next(step for step in found.plan.steps if step.candidate.name == "int8")
     assert step.kept
