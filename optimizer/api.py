@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ from optimizer.source import load_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from optimizer.baseline_cache import BaselineCache
 
 
 class NotReleasedError(OptimizerError):
@@ -128,6 +131,7 @@ def optimize(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     minutes: float | None = None,
+    baselines: BaselineCache | None = None,
 ) -> Result:
     """Optimize a causal language model, measure it against the original, and judge it by the recipe's floors.
 
@@ -136,6 +140,7 @@ def optimize(
     name, a YAML file or a `Recipe`. `calibration` is for passes that calibrate: text, texts, chats, token ids, a
     `datasets` object or the `Path` of a file; without it they use built-in text, and the report says so. Giving it to
     a recipe that does not calibrate is an error. With `out`, the artifact is saved there if the gate passes.
+    `baselines` keeps the original's quality and the machine's ceilings for the next run.
 
     The recipe `auto` is made here: candidates are predicted, tried and judged for at most `minutes` (10 unless given),
     and the fastest that holds its floors is the result. With `out` what was measured is kept beside it, in
@@ -172,8 +177,14 @@ def optimize(
         outcome = found.outcome(inplace=inplace)
         report = build_report(outcome).model_copy(update={"plan": plan_entry(found.plan)})
     else:
-        outcome = run(source, recipe, calibration=data, inplace=inplace, progress=progress)
+        baseline = None
+        if baselines is not None:
+            given = calibration if isinstance(calibration, Path) else None
+            baseline = partial(baselines.baseline, source=source, recipe=recipe, progress=progress, calibration=given)
+        outcome = run(source, recipe, calibration=data, inplace=inplace, progress=progress, baseline=baseline)
         report = build_report(outcome)
+        if baselines is not None:
+            report = report.model_copy(update={"warnings": [*report.warnings, *baselines.notes]})
     result = Result(outcome.runner, report, outcome)
     if out is not None and result.passed:
         with progress.phase("save"):

@@ -93,6 +93,37 @@ def run(
     raise typer.Exit(0 if result.passed else 1)
 
 
+@app.command()
+def ci(
+    config: Annotated[Path, typer.Option(help="What to run: models, recipes, where results go (docs/ci.md).")] = Path(
+        "optimizer.yaml"
+    ),
+    out: Annotated[Path | None, typer.Option(help="Folder for the results, instead of the one in the file.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of kept baselines, likewise.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every job of an optimizer.yaml and write what CI systems read: JUnit, summary, comment, outputs."""
+    from optimizer.display import progress_for
+
+    with _errors_to_exit(as_json):
+        from optimizer.ci import describe, run_file
+        from optimizer.ci_outputs import document
+        from optimizer.ci_result import exit_code
+
+        progress = progress_for(quiet)
+        with progress:
+            results = run_file(
+                config, out=out, cache=cache, progress=progress, warn=lambda text: typer.echo(text, err=True)
+            )
+        if as_json:
+            _echo_json(document(results))
+        else:
+            for line in describe(results):
+                typer.echo(line)
+    raise typer.Exit(exit_code(results))
+
+
 def _fate(artifact: Path, passed: bool, ungated: bool) -> str:
     """Where the artifact is, or why there is none."""
     if passed:

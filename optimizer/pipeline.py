@@ -146,12 +146,13 @@ def run(
     calibration: Calibration | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
-    baseline: Baseline | None = None,
+    baseline: Baseline | Callable[[BaseRunner], Baseline] | None = None,
 ) -> Outcome:
     """Carry out `recipe` on a loaded model, with `calibration` for the passes that calibrate.
 
     The caller's model stays as it was unless `inplace`: then it becomes the optimized one, whatever the verdict.
-    `baseline` is what `measure_baseline` found of this model for this evaluation; without it, it is measured now.
+    `baseline` is what `measure_baseline` found of this model for this evaluation, or a function that gives it for the
+    original's runner, called once every pass has been checked; without it, it is measured now.
     """
     progress = progress or Progress()
     original = original_runner(source)
@@ -177,6 +178,8 @@ def run(
             check_layout(recipe.layout, {n: (step.scheme, m.out_features, m.in_features) for n, m in layers.items()})
     if baseline is None:
         baseline = measure_baseline(original, recipe, progress)
+    elif not isinstance(baseline, Baseline):
+        baseline = baseline(original)
     before, ceilings = baseline.quality, baseline.ceilings
     # Another view keeps the original intact for the timed comparison.
     optimized = view(model)

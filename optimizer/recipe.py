@@ -266,8 +266,8 @@ def serving_spec(**options: Any) -> ServingSpec:
         raise RecipeError("serving: " + "; ".join(_explain(item) for item in error.errors())) from None
 
 
-def _explain(item: Any) -> str:
-    """One pydantic error in words: where, what, and for an unknown key the nearest that exists."""
+def _explain(item: Any, model: Any = Recipe) -> str:
+    """One pydantic error of `model` in words: where, what, and for an unknown key the nearest that exists."""
     place = ".".join(map(str, item["loc"]))
     if item["type"] != "extra_forbidden":
         return (
@@ -275,7 +275,6 @@ def _explain(item: Any) -> str:
             if place
             else str(item["msg"])
         )
-    model: Any = Recipe
     for step in item["loc"][:-1]:
         if not isinstance(step, int):
             model = _model_of(model.model_fields[step].annotation)
