@@ -6,11 +6,15 @@ from optimizer.sinks import Record
 
 
 def log(record: Record, project: str, _uri: str | None) -> str:
-    """Log the record as one run. trackio keeps no files of this kind, so it is told where the reports lie."""
+    """Log the record as one run, the reports as its artifact. Returns the run and its project."""
     import trackio
 
-    config = {**record.flat_params(), **record.tags, "reports": ", ".join(record.files)}
-    trackio.init(project=project, name=record.name, config=config, embed=False)
+    trackio.init(project=project, name=record.name, config={**record.flat_params(), **record.tags}, embed=False)
     trackio.log(dict(record.metrics))
+    if record.files:
+        report = trackio.Artifact(f"report-{record.name}", type="report")
+        for file in record.files:
+            report.add_file(file)
+        trackio.log_artifact(report)
     trackio.finish()
     return f"run {record.name} in project {project}"
