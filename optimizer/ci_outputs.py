@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from optimizer.baseline_cache import kept_digest
 from optimizer.ci_comment import SUMMARY_BYTES, comment, summary
 from optimizer.ci_config import CiConfig
 from optimizer.ci_result import JobResult, exit_code, verdict
@@ -42,33 +43,34 @@ def write_files(config: CiConfig, results: Sequence[JobResult]) -> None:
     _write_atomically(out / "optimizer.env", dotenv(outputs(config, results)))
 
 
-def outputs(config: CiConfig, results: Sequence[JobResult]) -> dict[str, str]:
-    """The outputs of the step. What each job has, such as its artifact, is a line for each job, in order."""
+def outputs(config: CiConfig, results: Sequence[JobResult], root: Path = Path()) -> dict[str, str]:
+    """The outputs of the step, paths seen from `root`. What each job has is a line for each job, in order."""
 
     def lines(values: Sequence[object]) -> str:
         return "\n".join("" if value is None else str(value) for value in values)
 
-    out = Path(config.out)
+    out = root / config.out
     return {
         "verdict": verdict(results),
         "exit-code": str(exit_code(results)),
         "jobs": lines([result.job.name for result in results]),
         "decode-speedup": lines([None if r.speedup is None else f"{r.speedup:.4g}" for r in results]),
-        "artifact": lines([result.artifact for result in results]),
+        "artifact": lines([None if r.artifact is None else root / r.artifact for r in results]),
         "digest": lines([result.digest for result in results]),
-        "report": lines([next(iter(result.reports), None) for result in results]),
+        "report": lines([root / r.reports[0] if r.reports else None for r in results]),
         "out": str(out),
         "junit": str(out / "junit.xml"),
         "summary": str(out / "summary.md"),
         "comment": str(out / "comment.md"),
         "results": str(out / "results.json"),
+        "baselines": "" if config.cache is None else kept_digest(Path(config.cache)),
     }
 
 
 def append_github(config: CiConfig, results: Sequence[JobResult]) -> None:
     """Append the outputs and the summary where GitHub asks for them; elsewhere nothing."""
     if path := os.environ.get("GITHUB_OUTPUT"):
-        _append(path, github_output(outputs(config, results)))
+        _append(path, github_output(outputs(config, results, Path.cwd())))
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         room = SUMMARY_BYTES - _size(path)
         _append(path, summary(results, config.title, price_per_hour=config.price_per_hour, limit=room))
