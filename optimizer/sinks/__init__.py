@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,11 @@ def publish(name: str, record: Record, *, project: str, uri: str | None = None, 
         return f"sink {name}: nothing was logged: {error}"
     answer = ran.stdout.rpartition("\0")[2].strip()
     if ran.returncode == 0 and answer:
-        return f"sink {name}: logged to {answer}"
+        return f"sink {name}: logged to {_public(answer)}"
     last = (ran.stderr.strip().splitlines() or [f"it left with {ran.returncode}"])[-1]
-    return f"sink {name}: nothing was logged: {last[:500]}"
+    return f"sink {name}: nothing was logged: {_public(last)[:500]}"
+
+
+def _public(text: str) -> str:
+    """`text` without the user and password of an address: notes are shown in comments, where nothing masks secrets."""
+    return re.sub(r"//[^/\s]*@", "//", text)

@@ -265,3 +265,9 @@ def test_a_sink_that_fails_is_a_note_and_changes_no_verdict(
     assert {"weights.ratio", "decode.speedup", "decode.speedup.low"} <= record.metrics.keys()
     assert record.flat_params()["passes.0.name"] == "quantize"
     assert all(Path(file).is_file() for file in record.files)
+
+
+def test_help_names_the_options() -> None:
+    ran = CliRunner().invoke(app, ["ci", "--help"])
+    assert ran.exit_code == 0
+    assert {"--config", "--out", "--cache", "--json", "--quiet"} <= set(ran.stdout.replace(",", " ").split())

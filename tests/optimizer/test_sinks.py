@@ -60,6 +60,11 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(name: str, re
     assert str(missing(name)).endswith(f"pip install 'roofline-optimizer[{name}]'")
 
 
+def test_no_note_holds_a_password(record: Record, shadowed: Path) -> None:
+    (shadowed / "mlflow.py").write_text("raise OSError('no answer from https://me:s3cret@host:1/x')", encoding="utf-8")
+    assert publish("mlflow", record, project="p").endswith("OSError: no answer from https://host:1/x")
+
+
 @pytest.mark.parametrize(
     ("code", "says"),
     [
