@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from optimizer.errors import UsageError
 from optimizer.evals.noninferiority import check_alpha, score_statistic
 
-
 _MOST = 1e8
 """Square root of more items than anything has."""
 
@@ -136,7 +135,7 @@ class Sampling:
         binary = self.flip_rate is not None
         if not (0 < margin < math.inf and math.isfinite(self.deviation)) or self.deviation > margin * _MOST / 10:
             return None
-        if binary and not 1e-6 < margin:
+        if binary and not margin > 1e-6:
             return None
         spread = {"flips": self.flip_rate} if binary else {"deviation": self.deviation}
         return items_needed(min(margin, 1.0) if binary else margin, alpha=self.alpha, power=self.power, **spread)

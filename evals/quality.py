@@ -17,14 +17,18 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from optimizer.errors import DataError, UsageError
 from optimizer.evals.gate import Measurement
+from optimizer.evals.items import Item, items_of
 from optimizer.evals.noninferiority import Loss, paired_loss
 from optimizer.evals.power import Sampling
 from optimizer.evals.runner import Runner
 from optimizer.evals.statistics import Flips, Interval, Kind, compare_paired, mcnemar, standard_error
+
+if TYPE_CHECKING:
+    from optimizer.evals.runner_lm import RunnerLM
 
 TASKS = Path(__file__).parent / "tasks"
 AGGREGATIONS: Mapping[str, Kind] = {
@@ -77,6 +81,11 @@ class QualityResult:
     lm_eval: dict[str, Any] = field(repr=False, default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(repr=False, default_factory=dict)
     levels: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """What was answered to each document, read from the samples."""
+        return tuple(item for name, logged in self.samples.items() for item in items_of(name, logged))
 
 
 @dataclass(frozen=True)
@@ -249,18 +258,34 @@ def evaluate(
 
     Raises `UsageError` for an unknown task or limit, `DataError` for a document that the window cannot score.
     """
-    from lm_eval.evaluator import evaluate as run
-
     from optimizer.evals.runner_lm import RunnerLM
 
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
-    with _left_as_found(seed):
-        loaded = _load(tasks, seed)
-        model = RunnerLM(
+
+    def make() -> RunnerLM:
+        return RunnerLM(
             runner, tokenizer, batch_size=batch_size, generate_batch=generate_batch, max_length=max_length, seed=seed,
             progress=progress,
         )  # fmt: skip
+
+    return evaluate_model(make, tasks, limit=limit, documents=documents, seed=seed)
+
+
+def evaluate_model(
+    make: Callable[[], RunnerLM],
+    tasks: Sequence[str],
+    *,
+    limit: int | Mapping[str, int] | None = None,
+    documents: Mapping[str, range] | None = None,
+    seed: int = 0,
+) -> QualityResult:
+    """`evaluate` for what is no `Runner`: `make` builds its lm-eval adapter, once the tasks are known to exist."""
+    from lm_eval.evaluator import evaluate as run
+
+    with _left_as_found(seed):
+        loaded = _load(tasks, seed)
+        model = make()
         # lm-eval's standard errors are switched off: they fork processes and print. Ours are computed in `_collect`.
         chosen = _chosen(loaded["tasks"], limit, documents)
         results = run(model, loaded, samples=chosen, bootstrap_iters=0, log_samples=True)

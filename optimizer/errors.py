@@ -43,3 +43,11 @@ class ArtifactError(OptimizerError):
 
 class DeviceError(OptimizerError):
     """The device or backend asked for is not present or cannot run the model."""
+
+
+class EndpointError(OptimizerError):
+    """A remote endpoint could not be reached, refused, or answered with something that is no answer."""
+
+
+class ExportError(UsageError):
+    """A model in an exported format was given, and this version has no support for that format."""

@@ -9,7 +9,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimizer import __version__
 from optimizer.artifact import installed_versions
@@ -17,11 +17,14 @@ from optimizer.backends.linear import layer_kernel, linear_layers, stored_scheme
 from optimizer.backends.paged_runner import PagedRunner
 from optimizer.evals.arithmetic import cost_per_million_tokens
 from optimizer.evals.break_even import BreakEven as WonBack
+from optimizer.evals.ceilings import Ceilings as MeasuredCeilings
 from optimizer.evals.gate import Floor, FloorVerdict
 from optimizer.evals.quality import MetricComparison
+from optimizer.evals.serving_report import ServingReport
 from optimizer.evals.statistics import Interval
 from optimizer.evals.timing import GenerationTiming
 from optimizer.evals.timing import Ratio as TimingRatio
+from optimizer.evals.workloads import RequestSpec
 from optimizer.passes.base import Pass, PassReport
 from optimizer.pipeline import Outcome, Speed
 from optimizer.quant.weight import QuantizedWeight
@@ -51,6 +54,10 @@ from optimizer.report import (
 )
 from optimizer.serving import latencies, len_of
 
+if TYPE_CHECKING:
+    from torch import device as Device
+
+
 _OPTIMIZATION = frozenset({"calibration data", "compile"})
 """Phases, beside the passes, that are spent on the optimized model itself and not on its proof."""
 
@@ -67,16 +74,8 @@ def build_report(outcome: Outcome) -> Report:
         summary=_summary(outcome, missed),
         model=_model(outcome),
         recipe=outcome.recipe.model_dump(mode="json"),
-        machine=_machine(outcome),
-        ceilings=Ceilings(
-            read_bandwidth=[
-                BandwidthPoint(working_set_bytes=size, bytes_per_second=rate)
-                for size, rate in sorted(outcome.ceilings.read_bandwidth.items())
-            ],
-            copy_bytes_per_second=outcome.ceilings.copy_bandwidth,
-            matmul_flops_per_second=dict(outcome.ceilings.matmul_flops),
-            launch_seconds=outcome.ceilings.launch_seconds,
-        ),
+        machine=machine_entry(outcome.runner.device, outcome.ceilings),
+        ceilings=ceilings_entry(outcome.ceilings),
         versions=installed_versions(),
         passes=[_pass(step, report) for step, report in outcome.passes],
         layers=_layers(outcome),
@@ -152,21 +151,34 @@ def _model(outcome: Outcome) -> ModelEntry:
     )
 
 
-def _machine(outcome: Outcome) -> Machine:
+def machine_entry(device: Device, measured: MeasuredCeilings) -> Machine:
+    """The machine of a device whose ceilings were measured."""
     import torch
 
-    device = outcome.runner.device
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     return Machine(
-        device=outcome.ceilings.device,
+        device=measured.device,
         kind="cuda" if device.type == "cuda" else "cpu",
-        cores=outcome.ceilings.cores,
+        cores=measured.cores,
         memory_bytes=memory,
-        isa=outcome.ceilings.isa,
+        isa=measured.isa,
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
+    )
+
+
+def ceilings_entry(measured: MeasuredCeilings) -> Ceilings:
+    """Measured ceilings as a report holds them."""
+    return Ceilings(
+        read_bandwidth=[
+            BandwidthPoint(working_set_bytes=size, bytes_per_second=rate)
+            for size, rate in sorted(measured.read_bandwidth.items())
+        ],
+        copy_bytes_per_second=measured.copy_bandwidth,
+        matmul_flops_per_second=dict(measured.matmul_flops),
+        launch_seconds=measured.launch_seconds,
     )
 
 
@@ -303,9 +315,11 @@ def _ledger(outcome: Outcome) -> Ledger:
 
 
 def _serving(outcome: Outcome) -> Serving | None:
-    if outcome.served is None:
-        return None
-    found, shape = outcome.served
+    return None if outcome.served is None else serving_entry(*outcome.served)
+
+
+def serving_entry(found: ServingReport, shape: RequestSpec) -> Serving:
+    """What clients saw, as a report holds it; `shape` is that of their requests."""
     return Serving(
         workload=str(shape),
         requests=len_of(found),

@@ -1,0 +1,426 @@
+"""Measures several variants of a model side by side: quality, speed, size, serving, layer by layer.
+
+All that run here are in memory at once, since only what is timed in the same rounds can be compared; an endpoint is
+timed apart, by its own streams. Quality is paired document by document with the first variant. A plain model is
+evaluated in float32 arithmetic where this processor has no bfloat16 matrix instructions, as `optimizer run` does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from optimizer import __version__
+from optimizer.artifact import installed_versions
+from optimizer.backends.linear import linear_layers, stored_scheme, weight_bytes
+from optimizer.backends.runner import BaseRunner
+from optimizer.calibration import built_in_text
+from optimizer.compare_report import (
+    Comparison,
+    LayerError,
+    MetricEntry,
+    Score,
+    VariantEntry,
+)
+from optimizer.compare_report import Workload as WorkloadEntry
+from optimizer.documents import differing_documents
+from optimizer.errors import OptimizerError, UsageError
+from optimizer.evals import arithmetic
+from optimizer.evals.architecture import from_module
+from optimizer.evals.ceilings import Ceilings, measure_ceilings
+from optimizer.evals.quality import QualityResult, compare, evaluate, evaluate_model
+from optimizer.evals.timing import GenerationTiming, Workload, measure_generation, ratio
+from optimizer.layer_errors import layer_differences, place
+from optimizer.passes.calibration import calibrate_on
+from optimizer.pipeline import WINDOW, Phase, _check_workload, _reference
+from optimizer.progress import Progress
+from optimizer.recipe import ServingSpec
+from optimizer.report import Ceilings as CeilingsEntry
+from optimizer.report import Cost, GenerationStats, Percentiles, Ratio, RooflinePoint
+from optimizer.report_build import ceilings_entry, machine_entry, serving_entry
+from optimizer.serving import paged, serve
+from optimizer.variants import Options, Variant, open_variants
+
+DEFAULT_TASKS = ("reference_perplexity", "reference_next_line", "reference_cloze")
+HEADLINES = ("acc_norm", "acc", "exact_match", "byte_perplexity", "word_perplexity")
+"""The metric that stands for a task in charts: the first of these that it has, else its first."""
+PASSAGE = 256  # tokens that the output errors of layers are measured on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. `limit` takes the first documents of each task; no `tasks`, no quality.
+
+    `serving` replays requests that come and go; `price_per_hour` turns throughput into a cost. `tokenizer` is a folder
+    with the tokenizer of endpoints, by default the first local variant's.
+    """
+
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    limit: int | None = None
+    workload: Workload = field(default_factory=lambda: Workload(1, 128, 64))
+    repeats: int = 5
+    batch_size: int = 16
+    serving: ServingSpec | None = None
+    price_per_hour: float | None = None
+    tokenizer: str | None = None
+    layers: bool = True
+    confidence: float = 0.95
+    seed: int = 1234
+    options: Options = field(default_factory=Options)
+
+
+def compare_variants(names: Sequence[str], settings: Settings, progress: Progress | None = None) -> Comparison:
+    """Open and measure the variants `names`, the first being what the others are compared with.
+
+    Raises a subclass of `OptimizerError` for a variant that cannot be opened, evaluated or timed: a comparison with a
+    hole in it is not made. What a variant cannot do at all, as serving without a paged cache, is noted instead.
+    """
+    progress = progress or Progress()
+    if settings.price_per_hour is not None and not 0 < settings.price_per_hour < float("inf"):
+        raise UsageError(f"price {settings.price_per_hour!r} must be a positive amount per hour")
+    with progress.phase("load"):
+        variants = open_variants(names, settings.options, progress.update)
+    local = {v.name: v.runner for v in variants if v.runner is not None}
+    tokenizer = _shared_tokenizer(local, settings)
+    for runner in local.values():
+        _check_workload(runner, settings.workload)
+    entries = {variant.name: _describe(variant, settings.workload) for variant in variants}
+    quality = _quality(variants, tokenizer, settings, progress) if settings.tasks else {}
+    metrics = _metrics(quality, settings)
+    documents, tasks = differing_documents({name: result.items for name, result in quality.items()})
+    ceilings = _speed(variants, entries, settings, progress)
+    _endpoint_speed(variants, entries, tokenizer, settings, progress)
+    if settings.serving is not None:
+        _serving(local, entries, settings, progress)
+    layers, notes, tokens = _layers(local, progress) if settings.layers else ([], [], 0)
+    for name, result in quality.items():
+        entries[name].non_finite = result.non_finite
+    _costs(entries, settings.price_per_hour)
+    first = next(iter(local.values()), None)
+    return Comparison(
+        product_version=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=None if first is None or ceilings is None else machine_entry(first.device, ceilings),
+        ceilings=CeilingsEntry() if ceilings is None else ceilings_entry(ceilings),
+        versions=installed_versions(),
+        workload=WorkloadEntry(
+            batch=settings.workload.batch, prompt=settings.workload.prompt, output=settings.workload.output,
+            repeats=settings.repeats,
+        ),
+        limit=settings.limit,
+        seeds={"evaluation": settings.seed, "prompts": 0},
+        confidence=settings.confidence,
+        price_per_hour=settings.price_per_hour,
+        variants=list(entries.values()),
+        quality=metrics, tasks=tasks, documents=documents,
+        layers=layers, layer_notes=notes, tokens=tokens,
+        costs=[Cost(phase=name, seconds=seconds) for name, seconds in progress.seconds.items()],
+        warnings=_warnings(list(entries.values())),
+    )  # fmt: skip
+
+
+def _shared_tokenizer(local: Mapping[str, BaseRunner], settings: Settings) -> Any:
+    """The tokenizer of endpoints; None where there is none to be had, which only an endpoint minds."""
+    from pathlib import Path
+
+    from optimizer.source import load_tokenizer, resolve
+
+    if settings.tokenizer is not None:
+        return load_tokenizer(Path(resolve(settings.tokenizer)[0]))
+    for name, runner in local.items():
+        if runner.tokenizer is None:
+            raise UsageError(f"{name} has no tokenizer, which the evaluation needs. Save one into its folder.")
+    return next((runner.tokenizer for runner in local.values()), None)
+
+
+def _describe(variant: Variant, workload: Workload) -> VariantEntry:
+    """What can be said without running it."""
+    entry = VariantEntry(
+        name=variant.name, given=variant.given, kind=variant.kind, recipe=variant.recipe, verdict=variant.verdict,
+        digest=variant.digest, stored_bytes=variant.stored_bytes, notes=list(variant.notes),
+    )  # fmt: skip
+    if (runner := variant.runner) is None:
+        return entry
+    model: Any = runner.model
+    held = weight_bytes(model)
+    per_token = int(runner.kv_bytes_per_token)
+    tokens = workload.batch * (workload.prompt + workload.output)
+    entry.architecture = type(model).__name__
+    entry.format = _formats(runner)
+    entry.kernels = dict(runner.ledger.kernel_counts())
+    entry.weights_bytes, entry.kv_bytes_per_token = held, per_token
+    entry.memory_bytes = held + tokens * per_token
+    return entry
+
+
+def _formats(runner: BaseRunner) -> str:
+    """The formats of the linear layers, most frequent first."""
+    plain = str(runner.dtype).removeprefix("torch.")
+    schemes = [stored_scheme(module) for module in linear_layers(runner.model).values()]
+    counts = Counter(plain if scheme is None else scheme.name for scheme in schemes)
+    return ", ".join(f"{name} ×{count}" if len(counts) > 1 else name for name, count in counts.most_common())
+
+
+def _quality(
+    variants: Sequence[Variant], tokenizer: Any, settings: Settings, progress: Progress
+) -> dict[str, QualityResult]:
+    """Every task on every variant."""
+    found = {}
+    for variant in variants:
+        with progress.phase(f"quality of {variant.name}"):
+            found[variant.name] = _evaluate(variant, tokenizer, settings, progress)
+    return found
+
+
+def _evaluate(variant: Variant, tokenizer: Any, settings: Settings, progress: Progress) -> QualityResult:
+    common: dict[str, Any] = {"limit": settings.limit, "seed": settings.seed}
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed, "progress": progress.update}
+    if variant.runner is not None:
+        runner = _reference(variant.runner) if variant.kind == "model" else variant.runner
+        return evaluate(
+            runner, runner.tokenizer, settings.tasks, max_length=WINDOW, generate_batch=settings.workload.batch,
+            **common, **{key: options[key] for key in ("batch_size", "progress")},
+        )  # fmt: skip
+    from optimizer.endpoint_lm import EndpointLM
+
+    endpoint = variant.endpoint
+    if endpoint is None or tokenizer is None:
+        raise UsageError(
+            f"{variant.name} is an endpoint, and scoring needs its tokenizer: give --tokenizer FOLDER, or a local "
+            "variant with the same one"
+        )
+    return evaluate_model(
+        lambda: EndpointLM(endpoint, tokenizer, max_length=WINDOW, **options), settings.tasks, **common
+    )
+
+
+def _metrics(quality: Mapping[str, QualityResult], settings: Settings) -> list[MetricEntry]:
+    """Each metric over all variants, paired with the first."""
+    if not quality:
+        return []
+    first, *others = quality
+    compared = {
+        name: compare(quality[first], quality[name], confidence=settings.confidence, seed=settings.seed)
+        for name in others
+    }
+    headlines = _headlines(quality[first])
+    entries = []
+    for index, base in enumerate(quality[first].metrics):
+        scores = [Score(variant=first, value=base.value, stderr=base.stderr)]
+        for name in others:
+            item = compared[name][index]
+            stderr = next(m.stderr for m in quality[name].metrics if m.key == base.key)
+            flips = item.flips
+            scores.append(
+                Score(
+                    variant=name,
+                    value=item.optimized,
+                    stderr=stderr,
+                    ratio=item.ratio.value,
+                    ratio_low=item.ratio.low,
+                    ratio_high=item.ratio.high,
+                    p_value=None if flips is None else flips.p_value,
+                    flips_to_wrong=None if flips is None else flips.lost,
+                    flips_to_right=None if flips is None else flips.gained,
+                )
+            )
+        entries.append(
+            MetricEntry(
+                task=base.task,
+                metric=base.metric,
+                filter=base.filter,
+                higher_is_better=base.higher_is_better,
+                samples=len(base.documents),
+                headline=base.key in headlines,
+                scores=scores,
+            )
+        )
+    return entries
+
+
+def _headlines(result: QualityResult) -> set[tuple[str, str, str]]:
+    """The key of one metric of each task."""
+    chosen: dict[str, tuple[int, tuple[str, str, str]]] = {}
+    for metric in result.metrics:
+        rank = HEADLINES.index(metric.metric) if metric.metric in HEADLINES else len(HEADLINES)
+        if metric.task not in chosen or rank < chosen[metric.task][0]:
+            chosen[metric.task] = rank, metric.key
+    return {key for _, key in chosen.values()}
+
+
+def _speed(
+    variants: Sequence[Variant], entries: dict[str, VariantEntry], settings: Settings, progress: Progress
+) -> Ceilings | None:
+    """Time the local variants in the same rounds, and place each on the roofline of this machine."""
+    local: dict[str, BaseRunner] = {v.name: v.runner for v in variants if v.runner is not None}
+    if not local:
+        return None
+    workload, device = settings.workload, next(iter(local.values())).device
+    with progress.phase("measure ceilings"):
+        ceilings = measure_ceilings(device, progress=lambda share: progress.update("probes", share, 1))
+    with progress.phase("compile"):
+        for runner in local.values():
+            if hasattr(runner, "warm_up"):
+                runner.warm_up(workload.batch, workload.prompt + workload.output)
+    with progress.phase("speed"):
+        timings = measure_generation(
+            local, workload, repeats=settings.repeats,
+            progress=lambda done, total: progress.update("rounds", done, total),
+        )  # fmt: skip
+    first = variants[0].name
+    for name, timing in timings.items():
+        entry = entries[name]
+        phases = _phases(local[name], timing, ceilings)
+        entry.speed = GenerationStats(
+            ttft_seconds=Percentiles(p50=timing.ttft.p50, p95=timing.ttft.p95),
+            tpot_seconds=Percentiles(p50=timing.tpot.p50, p95=timing.tpot.p95, p99=timing.tpot.p99),
+            tokens_per_second=timing.tokens_per_second, mbu=phases["decode"].mbu, mfu=phases["prefill"].mfu,
+        )  # fmt: skip
+        entry.decode_tokens_per_second = timing.decode_tokens_per_second
+        entry.roofline = [_point(workload, phase, at, name == first) for phase, at in phases.items()]
+        if first in timings and name != first:
+            base = timings[first]
+            entry.decode_speedup = _ratio(base.tpot_rounds, timing.tpot_rounds)
+            entry.ttft_speedup = _ratio(base.ttft_rounds, timing.ttft_rounds)
+            entry.throughput_speedup = _ratio(base.e2e_rounds, timing.e2e_rounds)
+    return ceilings
+
+
+def _ratio(before: Sequence[float], after: Sequence[float]) -> Ratio:
+    found = ratio(before, after)
+    return Ratio(value=found.median, low=found.low, high=found.high)
+
+
+def _phases(runner: BaseRunner, timing: GenerationTiming, ceilings: Ceilings) -> dict[str, Phase]:
+    """Prefill and decode on the roofline, as `pipeline.measure_speed` places them."""
+    shape, workload = from_module(runner.model), timing.workload
+    dtype = str(runner.dtype).removeprefix("torch.")
+    peak = max(rate for name, rate in ceilings.matmul_flops.items() if name in (dtype, "float32"))
+    costs = {
+        "prefill": (shape.prefill(workload.batch, workload.prompt), timing.ttft.median),
+        "decode": (shape.decode(workload.batch, workload.prompt + workload.output // 2), timing.tpot.median),
+    }
+    return {
+        phase: Phase(cost, seconds, peak, ceilings.bandwidth(max(cost.required_bytes, 1)))
+        for phase, (cost, seconds) in costs.items()
+    }
+
+
+def _point(workload: Workload, phase: str, at: Phase, baseline: bool) -> RooflinePoint:
+    intensity = at.cost.flops / at.cost.required_bytes
+    return RooflinePoint(
+        label=f"B{workload.batch} · {workload.prompt}→{workload.output}",
+        phase="prefill" if phase == "prefill" else "decode",
+        variant="baseline" if baseline else "optimized",
+        intensity=intensity,
+        achieved_flops=at.cost.flops / at.seconds,
+        attainable_flops=min(at.peak_flops, intensity * at.bandwidth),
+    )
+
+
+def _endpoint_speed(
+    variants: Sequence[Variant],
+    entries: dict[str, VariantEntry],
+    tokenizer: Any,
+    settings: Settings,
+    progress: Progress,
+) -> None:
+    """Stream from each endpoint; its times are its client's, and paired with nobody's."""
+    for variant in variants:
+        if variant.endpoint is None:
+            continue
+        from optimizer.endpoint_lm import time_endpoint
+
+        workload = settings.workload
+        with progress.phase(f"stream from {variant.name}"):
+            timing = time_endpoint(
+                variant.endpoint, _prompts(tokenizer, workload.prompt), workload, repeats=settings.repeats,
+                progress=lambda done, total: progress.update("rounds", done, total),
+            )  # fmt: skip
+        entry = entries[variant.name]
+        entry.speed = GenerationStats(
+            ttft_seconds=Percentiles(p50=timing.ttft.p50, p95=timing.ttft.p95),
+            tpot_seconds=Percentiles(p50=timing.tpot.p50, p95=timing.tpot.p95, p99=timing.tpot.p99),
+            tokens_per_second=timing.tokens_per_second,
+        )
+        entry.decode_tokens_per_second = workload.batch / timing.tpot.median if timing.tpot.median else None
+        if not timing.exact:
+            entry.notes.append("Its chunks hold several tokens: TPOT is each request's mean gap.")
+
+
+def _prompts(tokenizer: Any, length: int) -> list[list[int]]:
+    """Passages of the built-in text, `length` tokens each."""
+    rows = calibrate_on(
+        built_in_text(), tokenizer, samples=16, length=max(8, length), packed=True, vocabulary=len(tokenizer)
+    ).rows
+    return [[int(token) for token in row[:length]] for row in rows]
+
+
+def _serving(
+    local: Mapping[str, BaseRunner], entries: dict[str, VariantEntry], settings: Settings, progress: Progress
+) -> None:
+    """Replay the same requests on each variant in turn, through a paged cache."""
+    spec = settings.serving
+    assert spec is not None
+    for name, runner in local.items():
+        with progress.phase(f"serving of {name}"):
+            try:
+                server = paged(runner)
+                entries[name].serving = serving_entry(*serve(server, spec, progress=progress.update))
+                server.close()
+            except OptimizerError as error:
+                entries[name].notes.append(f"Serving was not measured: {error}")
+
+
+def _layers(local: Mapping[str, BaseRunner], progress: Progress) -> tuple[list[LayerError], list[str], int]:
+    """Every layer of each local variant against the first local one's."""
+    if len(local) < 2:
+        return [], [], 0
+    (_, base), *others = local.items()
+    length = min(PASSAGE, base.max_context)
+    with progress.phase("layers"):
+        tokens = torch.tensor([_prompts(base.tokenizer, length)[0]], device=base.device)
+        found, notes = layer_differences(base, {name: runner.model for name, runner in others}, tokens)
+    entries = []
+    for variant, differences in found.items():
+        for item in differences:
+            layer, projection = place(item.name)
+            entries.append(
+                LayerError(
+                    variant=variant,
+                    name=item.name,
+                    layer=layer,
+                    projection=projection,
+                    weight_error=item.weight,
+                    output_error=item.output,
+                )
+            )
+    return entries, notes, tokens.numel()
+
+
+def _costs(entries: Mapping[str, VariantEntry], price: float | None) -> None:
+    """Cost per million output tokens at the throughput that was measured: under serving where it was, else alone."""
+    for entry in entries.values():
+        rate = (
+            entry.serving.tokens_per_second if entry.serving else entry.speed.tokens_per_second if entry.speed else 0.0
+        )
+        if price is not None and rate > 0:
+            entry.cost_per_million_tokens = arithmetic.cost_per_million_tokens(price, rate)
+
+
+def _warnings(entries: Sequence[VariantEntry]) -> list[str]:
+    """What a reader should know before believing the figures."""
+    found = [
+        f"{entry.name}: {entry.non_finite} log-likelihoods were NaN or infinite: it is broken."
+        for entry in entries
+        if entry.non_finite
+    ]
+    slow = [e.name for e in entries if any(kernel.endswith("[reference]") for kernel in e.kernels)]
+    if slow:
+        found.append(f"Reference kernels, which are right and not fast, ran layers of {', '.join(slow)}.")
+    return found
