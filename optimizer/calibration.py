@@ -29,7 +29,7 @@ def load_calibration(data: Any, tokenizer: Any, config: Any, spec: CalibrationSp
     length = min(spec.length, getattr(text, "max_position_embeddings", None) or spec.length)
     source = ""
     if data is None:
-        data, source = built_in_text(), BUILT_IN
+        data, source = _built_in(), BUILT_IN
     elif isinstance(data, Path):
         data, source = _read(data), data.name
     return calibrate_on(
@@ -38,7 +38,7 @@ def load_calibration(data: Any, tokenizer: Any, config: Any, spec: CalibrationSp
     )  # fmt: skip
 
 
-def built_in_text() -> Iterator[str]:
+def _built_in() -> Iterator[str]:
     """Modules of the running interpreter that the reference model was trained on, in a fixed shuffled order."""
     from optimizer.evals.reference.corpus import read, training_files
 

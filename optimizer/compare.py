@@ -19,7 +19,7 @@ from optimizer import __version__
 from optimizer.artifact import installed_versions
 from optimizer.backends.linear import linear_layers, stored_scheme, weight_bytes
 from optimizer.backends.runner import BaseRunner
-from optimizer.calibration import built_in_text
+from optimizer.calibration import _built_in
 from optimizer.compare_report import (
     Comparison,
     LayerError,
@@ -356,7 +356,7 @@ def _endpoint_speed(
 def _prompts(tokenizer: Any, length: int) -> list[list[int]]:
     """Passages of the built-in text, `length` tokens each."""
     rows = calibrate_on(
-        built_in_text(), tokenizer, samples=16, length=max(8, length), packed=True, vocabulary=len(tokenizer)
+        _built_in(), tokenizer, samples=16, length=max(8, length), packed=True, vocabulary=len(tokenizer)
     ).rows
     return [[int(token) for token in row[:length]] for row in rows]
 

@@ -1,8 +1,8 @@
 """The comparison of several variants: data that `optimizer.compare` fills and three renderings read.
 
 Conventions are those of `optimizer.report`: seconds, bytes (GB = 1e9), rates per second; `None` is "not measured", a
-NaN was measured. The first variant is the one that all others are compared with. `Comparison.save` writes one form by the
-extension of the file; JSON round-trips exactly.
+NaN was measured. The first variant is the one that all others are compared with. `Comparison.save` writes one form by
+the extension of the file; JSON round-trips exactly.
 """
 
 from __future__ import annotations
