@@ -401,6 +401,99 @@ def serve(
 
 
 @app.command()
+def compare(
+    variants: Annotated[
+        list[str],
+        typer.Argument(help="Two or more, the baseline first: folders, hub ids, artifacts, http(s)://host/v1#model."),
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="lm-eval tasks, separated by commas; empty for none.")
+    ] = "reference_perplexity,reference_next_line,reference_cloze",
+    limit: Annotated[int | None, typer.Option(help="Documents of each task (all unless given).", min=1)] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    prompt: Annotated[int, typer.Option(min=1)] = 128,
+    output: Annotated[int, typer.Option(min=2)] = 64,
+    repeats: Annotated[int, typer.Option(min=3)] = 5,
+    workload: Annotated[
+        str | None, typer.Option(help="Also serve requests: chat, generation, summarization or reasoning.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="With --workload.")] = 40,
+    rate: Annotated[float | None, typer.Option(help="With --workload: requests a second.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="With --workload, without --rate.")] = 4,
+    ttft_ms: Annotated[float, typer.Option(help="With --workload: the objective for the first token.")] = 1000.0,
+    tpot_ms: Annotated[float, typer.Option(help="With --workload: the objective for each later one.")] = 50.0,
+    price: Annotated[float | None, typer.Option(help="Price of the device per hour, for a cost of tokens.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer of endpoints; else that of the first variant that runs here.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable that holds the endpoints' key.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer of an endpoint.")] = 60.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are scored at a time.")] = 16,
+    out: Annotated[Path, typer.Option(help="Folder for compare.html, .json and .md.")] = Path("out/compare"),
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure variants side by side: quality, speed, size, serving, layer by layer; one page that filters and sorts."""
+    from optimizer.display import progress_for
+
+    with _errors_to_exit(as_json):
+        from optimizer.compare import Settings, compare_variants
+        from optimizer.compare_command import check_folder, describe, write
+        from optimizer.evals.timing import Workload
+        from optimizer.recipe import serving_spec
+        from optimizer.variants import Options
+
+        served = None
+        if workload is not None:
+            served = serving_spec(
+                preset=workload, requests=requests, rate=rate, concurrency=clients, ttft_ms=ttft_ms, tpot_ms=tpot_ms
+            )
+        settings = Settings(
+            tasks=tuple(task for task in tasks.split(",") if task), limit=limit,
+            workload=Workload(batch, prompt, output), repeats=repeats, batch_size=batch_size, serving=served,
+            price_per_hour=price, tokenizer=tokenizer,
+            options=Options(device, trust_remote_code, api_key_env, timeout),
+        )  # fmt: skip
+        check_folder(out)
+        progress = progress_for(quiet)
+        with progress:
+            found = compare_variants(variants, settings, progress)
+        written = write(found, out)
+        if as_json:
+            typer.echo(found.to_json())
+            return
+        for line in describe(found):
+            typer.echo(line)
+        typer.echo(f"page: {written[0]}")
+
+
+@app.command()
+def history(
+    folder: Annotated[Path, typer.Argument(help="A folder of runs: report.json and compare.json at any depth.")],
+    out: Annotated[Path | None, typer.Option(help="Write the trend page to this .html file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the runs that reports under a folder tell of, oldest first, and draw how they developed."""
+    with _errors_to_exit(as_json):
+        from optimizer.history import describe, read_history, save_page
+
+        found = read_history(folder)
+        if out is not None:
+            save_page(found, out)
+        if as_json:
+            _echo_json(found.to_dict())
+            return
+        for line in describe(found):
+            typer.echo(line)
+        if out is not None:
+            typer.echo(f"page: {out}")
+
+
+@app.command()
 def roofline(
     model: Annotated[str | None, typer.Argument(help="A model folder or config.json.")] = None,
     params: Annotated[

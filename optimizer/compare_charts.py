@@ -14,8 +14,8 @@ from html import escape
 
 from optimizer.report_units import Unit, clean
 
-WIDTH, HEIGHT = 380, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
+WIDTH, HEIGHT = 320, 240
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 20, 38
 COLOURS = 8
 
 # name: (light, dark); the first is the baseline's grey. Each has a contrast of at least 4.5 with its page colour.
@@ -42,7 +42,7 @@ class Point:
     label: str = ""
     low: float | None = None
     high: float | None = None
-    hollow: bool = False
+    square: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, title: str, *, front: boo
     parts = [*_axes(across, up, x, y), extra]
     if front:
         parts.append(f'<path class="front" data-across="{x.sense}" fill="none"/>')
-    labels = _label_places(drawn, across, up)
-    parts += [_mark(p, across, up, labels.get(i)) for i, p in enumerate(drawn)]
+    parts += _labels(drawn, across, up)
+    parts += [_mark(p, across, up) for p in drawn]
     return _svg("".join(parts), title)
 
 
@@ -129,10 +129,9 @@ def lines(series: Sequence[Sequence[Point]], x: Axis, y: Axis, title: str, ticks
     for row in drawn:
         if len(row) > 1:
             path = " ".join(f"{'M' if i == 0 else 'L'}{across(p.x)} {up(p.y)}" for i, p in enumerate(row))
-            parts.append(
-                f'<path class="line v{row[0].variant % COLOURS}" data-variant="{row[0].variant}" d="{path}" fill="none"/>'
-            )
-        parts += [_mark(p, across, up, None) for p in row]
+            owner = row[0].variant
+            parts.append(f'<path class="line v{owner % COLOURS}" data-variant="{owner}" fill="none" d="{path}"/>')
+        parts += [_mark(p, across, up) for p in row]
     return _svg("".join(parts), title)
 
 
@@ -157,7 +156,7 @@ def roofline(
         parts.append(
             f'<text class="axis" x="{WIDTH - RIGHT}" y="{up(rate) - 4}" text-anchor="end">{escape(text)}</text>'
         )
-    parts += [_mark(p, across, up, None) for p in drawn]
+    parts += [_mark(p, across, up) for p in drawn]
     return _svg("".join(parts), title)
 
 
@@ -178,6 +177,7 @@ def _axes(across: Scale, up: Scale, x: Axis, y: Axis, ticks: Callable[[float], s
         f'<text class="axis-title" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
         f"{escape(x.title)}</text>"
     )
+    parts.append(f'<text class="axis-title" x="0" y="10">{escape(y.title)}</text>')
     return parts
 
 
@@ -198,37 +198,41 @@ def _tick(axis: Axis, value: float, scale: Scale) -> str:
     return f"{number}{suffix}" + (f" {rest}" if rest else "")
 
 
-def _label_places(points: Sequence[Point], across: Scale, up: Scale) -> dict[int, tuple[float, float, str]]:
-    """Where the labels stand: beside their points, pushed apart so that none covers another."""
-    places: dict[int, tuple[float, float, str]] = {}
-    taken: list[tuple[float, float, float]] = []  # left, right, y
-    for i, p in sorted(enumerate(points), key=lambda each: up(each[1].y)):
+def _labels(points: Sequence[Point], across: Scale, up: Scale) -> list[str]:
+    """Names beside their points: right, left, above or below, wherever they cover no point and no other name."""
+    dots = [(across(p.x), up(p.y)) for p in points]
+    taken = [(x - 7, x + 7, y - 7, y + 7) for x, y in dots]
+    texts = []
+    for p, (x, y) in zip(points, dots, strict=True):
         if not p.label:
             continue
-        room = 6.2 * len(p.label)
-        right = across(p.x) + 9 + room < WIDTH
-        left = across(p.x) + 9 if right else across(p.x) - 9 - room
-        y = up(p.y) + 4
-        while any(left < b and a < left + room and abs(y - other) < 12 for a, b, other in taken):
-            y += 3
-        taken.append((left, left + room, y))
-        places[i] = (left if right else left + room, min(y, HEIGHT - BOTTOM - 3), "start" if right else "end")
-    return places
+        width = 7.2 * len(p.label)
+        shifts = [(dx, dy) for dy in (0, -14, 14, -27, 27, -40, 40) for dx in (9, -9 - width, -width / 2)]
+        places = [(x + dx, x + dx + width, y + dy - 6, y + dy + 6) for dx, dy in shifts]
+        free = [box for box in places if _inside(box) and not any(_overlap(box, other) for other in taken)]
+        box = free[0] if free else next(filter(_inside, places), places[0])
+        taken.append(box)
+        name = f'class="name v{p.variant % COLOURS}" data-variant="{p.variant}"'
+        texts.append(f'<text {name} x="{box[0]:.1f}" y="{box[2] + 10:.1f}">{escape(clean(p.label))}</text>')
+    return texts
 
 
-def _mark(p: Point, across: Scale, up: Scale, label: tuple[float, float, str] | None) -> str:
-    """One point: its interval, its dot and its label in one group, which the keyboard reaches."""
+def _inside(box: tuple[float, float, float, float]) -> bool:
+    return box[0] >= LEFT - 20 and box[1] <= WIDTH and box[2] >= 0 and box[3] <= HEIGHT - BOTTOM
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
+
+
+def _mark(p: Point, across: Scale, up: Scale) -> str:
+    """One point: its interval and its dot in one group, which the keyboard reaches."""
     x, y, parts = across(p.x), up(p.y), []
     if p.low is not None and p.high is not None:
         low, high = (v if math.isfinite(v) else edge for v, edge in ((p.low, up.low), (p.high, up.high)))
         parts.append(f'<path class="span" d="M{x} {up(low)}V{up(high)}M{x - 4} {up(low)}h8M{x - 4} {up(high)}h8"/>')
     shape = f'<rect class="dot" x="{x - 5}" y="{y - 5}" width="10" height="10"/>'
-    parts.append(shape if p.hollow else f'<circle class="dot" cx="{x}" cy="{y}" r="5.5"/>')
-    if label is not None:
-        lx, ly, anchor = label
-        parts.append(
-            f'<text class="name" x="{lx:.1f}" y="{ly:.1f}" text-anchor="{anchor}">{escape(clean(p.label))}</text>'
-        )
+    parts.append(shape if p.square else f'<circle class="dot" cx="{x}" cy="{y}" r="5.5"/>')
     return (
         f'<g class="mark v{p.variant % COLOURS}" data-variant="{p.variant}" data-x="{x}" data-y="{y}" tabindex="0" '
         f'role="img"><title>{escape(clean(p.tip))}</title>{"".join(parts)}</g>'

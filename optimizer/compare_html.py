@@ -186,7 +186,7 @@ def _roofline(comparison: Comparison) -> str:
             i, p.intensity, p.achieved_flops,
             f"{variant.name}, {p.phase}: {units.FLOPS.format(p.achieved_flops)} of "
             f"{units.FLOPS.format(p.attainable_flops)} attainable at {units.INTENSITY.format(p.intensity)}",
-            hollow=p.phase == "prefill",
+            square=p.phase == "prefill",
         )
         for i, variant in enumerate(comparison.variants)
         for p in variant.roofline
@@ -194,8 +194,8 @@ def _roofline(comparison: Comparison) -> str:
     ceilings = comparison.ceilings
     memory = max(ceilings.read_bandwidth, key=lambda p: p.working_set_bytes, default=None)
     peaks = sorted(ceilings.matmul_flops_per_second.items(), key=lambda item: -item[1])[:2]
-    x = Axis("FLOP per byte", units.INTENSITY, log=True)
-    y = Axis("FLOP/s", units.FLOPS, log=True)
+    x = Axis("FLOP per byte", units.Unit(((1.0, ""),)), log=True)
+    y = Axis("FLOP/s", units.Unit(units._ladder("", " kMGTP", 0)), log=True)
     return charts.roofline(points, peaks, memory.bytes_per_second if memory else 0.0, x, y, "Roofline of all variants")
 
 

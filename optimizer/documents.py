@@ -32,9 +32,10 @@ def differing_documents(
             found.setdefault(base.task, []).append(document)
     listed: list[Document] = []
     counts = []
-    for task, total in totals.items():
+    scored = {task for task, documents in found.items() if all(d.gold is None for d in documents)}
+    for task, total in sorted(totals.items(), key=lambda each: each[0] in scored):  # mere likelihoods come last
         documents = sorted(found.get(task, []), key=lambda d: -d.change)
-        texts = all(document.gold is None for document in documents)
+        texts = task in scored
         kept = documents[: LISTED_TEXTS if texts else LISTED]
         listed += kept
         counts.append(TaskDocuments(task=task, total=total, differing=len(documents), listed=len(kept)))

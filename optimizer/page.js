@@ -66,9 +66,10 @@
   };
   for (const table of all("table.sortable")) {
     all("thead th", table).forEach((heading, index) => {
-      const button = make("button", "sort", heading.textContent);
+      const button = make("button", "sort");
       button.type = "button";
-      heading.replaceChildren(button);
+      button.append(...heading.childNodes);
+      heading.append(button);
       button.addEventListener("click", () => {
         const order = heading.getAttribute("aria-sort") === "ascending" ? -1 : 1;
         all("thead th", table).forEach(other => other.removeAttribute("aria-sort"));

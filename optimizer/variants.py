@@ -29,7 +29,7 @@ class Options:
 
     device: str = "auto"
     trust_remote_code: bool = False
-    api_key_variable: str = "OPENAI_API_KEY"
+    api_key_variable: str | None = None
     timeout_seconds: float = 60.0
 
 
