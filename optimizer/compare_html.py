@@ -119,17 +119,20 @@ def kept_quality(metric: MetricEntry) -> dict[str, tuple[float, float | None, fl
         if index == 0:
             found[score.variant] = (1.0, None, None)
         elif score.ratio is not None:
-            ends = (score.ratio, score.ratio_low, score.ratio_high)
-            if not metric.higher_is_better:
-                ends = (_inverse(score.ratio), _inverse(score.ratio_high), _inverse(score.ratio_low))
-            found[score.variant] = ends  # type: ignore[assignment]
+            low, high = score.ratio_low, score.ratio_high
+            if metric.higher_is_better:
+                found[score.variant] = (score.ratio, low, high)
+            else:
+                ends = (None if end is None else _inverse(end) for end in (high, low))
+                found[score.variant] = (_inverse(score.ratio), *ends)
     return found
 
 
-def _inverse(value: float | None) -> float | None:
-    if value is None or math.isnan(value):
-        return value
-    return math.inf if value == 0 else 0.0 if math.isinf(value) else 1 / value
+def _inverse(ratio: float) -> float:
+    """One over a ratio of quality, which is never negative: an end that is unbounded below is taken as 0."""
+    if math.isnan(ratio):
+        return ratio
+    return math.inf if ratio <= 0 else 1 / ratio
 
 
 AXES = (

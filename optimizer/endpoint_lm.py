@@ -88,11 +88,10 @@ class EndpointLM(RunnerLM):
     def _choices(self, payload: dict[str, Any], count: int) -> list[dict[str, Any]]:
         """The answer's choices in the order of the prompts."""
         choices = self.endpoint.post(payload).get("choices")
-        found = {c.get("index"): c for c in choices if isinstance(c, dict)} if isinstance(choices, list) else {}
+        rows = [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
+        found = {row["index"]: row for row in rows if type(row.get("index")) is int}
         if len(found) != count or set(found) != set(range(count)):
-            raise EndpointError(
-                f"{self.endpoint.url} answered {count} prompts with choices {sorted(map(str, found))[:9]}"
-            )
+            raise EndpointError(f"{self.endpoint.url} answered {count} prompts with the choices {sorted(found)[:9]}")
         return [found[index] for index in range(count)]
 
 

@@ -1,7 +1,7 @@
 """The history of a folder of runs: every report and comparison under it, as rows to sort and trends to look at.
 
-`optimizer run --out runs/NAME` and `optimizer compare --out runs/NAME` leave `report.json` and `compare.json`; nothing else
-is needed to record a run. A file that cannot be read is listed with the reason and stops nothing.
+`optimizer run --out runs/NAME` and `optimizer compare --out runs/NAME` leave `report.json` and `compare.json`; nothing
+else is needed to record a run. A file that cannot be read is listed with the reason and stops nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ READERS = ("report.json", "compare.json")
 class Run:
     """One optimized variant of one run; its series is that of `model` and `recipe`.
 
-    `perplexity_ratio` is over the run's own baseline, the first perplexity of the report; None was not measured.
+    `perplexity_ratio` is over the run's own baseline, per byte where that was measured; None was not measured.
     """
 
     path: str
@@ -72,7 +72,10 @@ class History:
 
 
 def read_history(folder: Path) -> History:
-    """Every run under `folder`. Copies, as the report inside an artifact, count once. Raises `UsageError` without a folder."""
+    """Every run under `folder`; copies, as the report inside an artifact, count once.
+
+    Raises `UsageError` where there is no such folder.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; give one that holds runs, such as runs/")
     runs: list[Run] = []
@@ -100,7 +103,7 @@ def _runs(path: str, text: bytes) -> Iterator[Run]:
         return
     report = Report.from_json(text)
     cell = report.speed[0] if report.speed else None
-    perplexity = next((q.ratio for q in report.quality if "perplexity" in q.metric), None)
+    perplexity = _perplexity({q.metric: q.ratio for q in reversed(report.quality)})
     yield Run(
         path, _utc(report.created), report.model.name, report.recipe_name, report.verdict, report.machine.device,
         cell.decode_speedup.value if cell else None, cell.optimized.ttft_seconds.p50 if cell else None, perplexity,
@@ -110,15 +113,22 @@ def _runs(path: str, text: bytes) -> Iterator[Run]:
 
 def _compared(path: str, comparison: Comparison) -> Iterator[Run]:
     """Each variant but the first, which is the model they are compared with."""
-    metric = next((m for m in comparison.quality if "perplexity" in m.metric), None)
-    ratios = {s.variant: s.ratio for s in metric.scores} if metric else {}
     for variant in comparison.variants[1:]:
+        ratios = {
+            m.metric: s.ratio for m in reversed(comparison.quality) for s in m.scores if s.variant == variant.name
+        }
         yield Run(
             path, _utc(comparison.created), comparison.baseline.name, variant.recipe or variant.name, "compared",
             comparison.machine.device if comparison.machine else units.NONE,
             variant.decode_speedup.value if variant.decode_speedup else None,
-            variant.speed.ttft_seconds.p50 if variant.speed else None, ratios.get(variant.name), variant.weights_bytes,
+            variant.speed.ttft_seconds.p50 if variant.speed else None, _perplexity(ratios), variant.weights_bytes,
         )  # fmt: skip
+
+
+def _perplexity(ratios: Mapping[str, float | None]) -> float | None:
+    """The ratio of the first kind of perplexity that was measured."""
+    found = (ratios[name] for name in ("byte_perplexity", "word_perplexity", "perplexity") if name in ratios)
+    return next(found, None)
 
 
 def _utc(created: str) -> str:
@@ -167,6 +177,8 @@ def render_page(history: History) -> str:
 def _panels(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     by_name: Mapping[str, list[Run]] = {name: [run for run in runs if run.series == name] for name in names}
     drawn = []
+    times = [datetime.fromisoformat(run.created) for run in runs]
+    short = bool(times) and max(times) - min(times) < timedelta(days=3)
     for field, axis in TRENDS:
         rows = [
             [
@@ -180,15 +192,19 @@ def _panels(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
             for i, name in enumerate(names)
         ]  # fmt: skip
         time = Axis("", units.NUMBER)
-        drawn.append(charts.lines(rows, time, axis, axis.title, _date))
+        drawn.append(charts.lines(rows, time, axis, axis.title, _clock if short else _date))
     return [svg for svg in drawn if svg]
 
 
-def _date(seconds: float) -> str:
+def _date(seconds: float, form: str = "%Y-%m-%d") -> str:
     try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
+        return datetime.fromtimestamp(seconds, UTC).strftime(form)
     except (OverflowError, ValueError, OSError):  # beyond the calendar, at the edge of an axis
         return ""
+
+
+def _clock(seconds: float) -> str:
+    return _date(seconds, "%d %b %H:%M")
 
 
 def save_page(history: History, path: Path) -> Path:
@@ -201,7 +217,9 @@ def save_page(history: History, path: Path) -> Path:
 
 def describe(history: History) -> list[str]:
     """Lines for people: a row a run, then what could not be read."""
-    rows = [("when", "model", "recipe", "verdict", "decode", "TTFT", "perplexity", "weights", "from")]
+    rows: list[tuple[str, ...]] = [
+        ("when", "model", "recipe", "verdict", "decode", "TTFT", "perplexity", "weights", "from")
+    ]
     rows += [
         (
             run.created[:16].replace("T", " "), units.clean(run.model), units.clean(run.recipe), run.verdict,
