@@ -36,7 +36,7 @@ from optimizer.evals.ceilings import Ceilings, measure_ceilings
 from optimizer.evals.quality import QualityResult, compare, evaluate, evaluate_model
 from optimizer.evals.timing import GenerationTiming, Workload, measure_generation, ratio
 from optimizer.layer_errors import layer_differences, place
-from optimizer.passes.calibration import calibrate_on
+from optimizer.passes.calibration import FEWEST_TOKENS, calibrate_on
 from optimizer.pipeline import WINDOW, Phase, _check_workload, _reference
 from optimizer.progress import Progress
 from optimizer.recipe import ServingSpec
@@ -355,9 +355,8 @@ def _endpoint_speed(
 
 def _prompts(tokenizer: Any, length: int) -> list[list[int]]:
     """Passages of the built-in text, `length` tokens each."""
-    rows = calibrate_on(
-        _built_in(), tokenizer, samples=16, length=max(8, length), packed=True, vocabulary=len(tokenizer)
-    ).rows
+    count = max(16, -(-FEWEST_TOKENS // length))
+    rows = calibrate_on(_built_in(), tokenizer, samples=count, length=length, vocabulary=len(tokenizer)).rows
     return [[int(token) for token in row[:length]] for row in rows]
 
 

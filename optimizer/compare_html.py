@@ -76,8 +76,8 @@ def _data(comparison: Comparison) -> dict[str, Any]:
         "variants": [clean(name) for name in index],
         "documents": [
             {
-                "task": document.task,
-                "id": document.document.partition(":")[0],
+                "task": clean(document.task),
+                "id": clean(document.document.partition(":")[0]),
                 "context": _shown(document.context),
                 "gold": None if document.gold is None else _shown(document.gold),
                 "answers": [[index[a.variant], _shown(a.text), a.right, a.differs] for a in document.answers],

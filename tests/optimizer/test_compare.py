@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from optimizer import compare as module
 from optimizer.api import optimize
+from optimizer.backends.paged_runner import PagedRunner
 from optimizer.backends.runner import EagerRunner
 from optimizer.cli import app
 from optimizer.compare import Settings, compare_variants
@@ -26,6 +27,7 @@ from optimizer.evals.items import Item
 from optimizer.evals.timing import Workload
 from optimizer.history import read_history
 from optimizer.layer_errors import layer_differences, place
+from optimizer.passes.base import view
 from optimizer.recipe import ServingSpec
 from optimizer.variants import Options
 from tests.evals.small_runner import SmallRunner, small_model, small_tokenizer
@@ -107,13 +109,14 @@ def test_the_same_model_has_no_layer_error_and_four_bits_have_that_of_their_weig
     assert {layer.weight_error for layer in found.layers if layer.variant == "same"} == {0.0}
     assert {layer.output_error for layer in found.layers if layer.variant == "same"} == {0.0}
     before = AutoModelForCausalLM.from_pretrained(work / "model").state_dict()
-    after = AutoModelForCausalLM.from_pretrained(work / "artifact").float()
+    after = AutoModelForCausalLM.from_pretrained(work / "artifact")
+    after(torch.tensor([[5]]))  # transformers decompresses at the first forward
     compared = [layer for layer in found.layers if layer.variant == "four" and layer.layer is not None]
     assert len(compared) == 14
     weights = dict(after.named_modules())
     for layer in compared:
         assert place(layer.name) == (layer.layer, layer.projection)
-        w, q = before[f"{layer.name}.weight"], weights[layer.name].weight
+        w, q = before[f"{layer.name}.weight"], weights[layer.name](torch.eye(weights[layer.name].in_features)).T
         assert layer.weight_error == pytest.approx(float((q - w).norm() / w.norm()), rel=1e-3)
         assert 0.3 < layer.output_error / layer.weight_error < 3
     assert found.tokens == 256
@@ -181,7 +184,11 @@ def test_texts_are_ordered_by_how_far_they_moved_and_cut() -> None:
     assert (count.differing, count.listed, len(documents)) == (50, 20, 20)
 
 
-def test_serving_is_measured_where_it_can_be(work: Path) -> None:
+def test_serving_is_measured_where_it_can_be(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uncompiled(runner: Any) -> PagedRunner:
+        return PagedRunner(view(runner.model), runner.tokenizer, compile=False)
+
+    monkeypatch.setattr(module, "paged", uncompiled)
     served = dataclasses.replace(
         QUICK, tasks=(), layers=False, serving=ServingSpec(requests=3, concurrency=2, max_batch=2)
     )
@@ -201,7 +208,7 @@ def test_an_endpoint_is_compared_with_a_local_variant(tmp_path: Path) -> None:
     with fake_server(SmallRunner(model)) as server:
         settings = dataclasses.replace(QUICK, tasks=("reference_next_line",), limit=4)
         found = compare_variants([str(tmp_path / "small"), server.name], settings)
-        local, remote = found.variants
+        _, remote = found.variants
         assert remote.kind == "endpoint"
         assert remote.speed is not None
         assert remote.decode_speedup is None  # another clock: nothing to pair
