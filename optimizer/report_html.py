@@ -32,6 +32,9 @@ LAYER_ROWS = 600  # about 0.35 kB each; beyond this the page lists those with th
 GLOSSARY = (
     ("TTFT", "Time to first token: from the request to the first output token. Dominated by prefill."),
     ("TPOT", "Time per output token: the mean gap between later tokens of a request. Dominated by decode."),
+    ("ITL", "Inter-token latency: every gap between two tokens of a request, one by one."),
+    ("E2E", "End to end: from the request to its last token."),
+    ("Goodput", "What was served to requests whose TTFT and TPOT both met the objective (SLO)."),
     ("MBU", "Model bandwidth utilization: the bytes a step must read / (its time × measured read bandwidth)."),
     ("MFU", "Model FLOPs utilization: the model's FLOPs / (time × measured peak FLOP/s)."),
     ("Recovery", "Quality of the optimized model / quality of the baseline, on the same samples, with an interval."),

@@ -12,7 +12,9 @@ from benchmarks import peers_cpu, predict, serving_cpu, streaming
 from benchmarks.decode import markdown
 from benchmarks.gpu import claims
 from optimizer.cli import app
+from optimizer.compare_report import Comparison
 from optimizer.recipe import builtin
+from optimizer.variants import OPENERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,3 +112,29 @@ def test_contributing_explains_each_in_ten_lines():
     for thing in ("pass", "kernel", "format"):
         steps = re.search(rf"## Add a {thing}\n(.*?)(?=\n## |\Z)", text, re.DOTALL)[1]
         assert len(re.findall(r"^\d+\. ", steps, re.MULTILINE)) == 10
+
+
+COMPARE = (ROOT / "docs/compare.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", commands_of(COMPARE), ids=str)
+def test_each_command_of_the_page_on_comparing_exists_with_its_options(line):
+    _, name, *rest = line.split()
+    options = {option for parameter in get_command(app).commands[name].params for option in parameter.opts}
+    assert {word for word in rest if word.startswith("--")} <= options
+
+
+def test_the_page_on_comparing_names_every_kind_and_only_options_that_exist():
+    rows = re.findall(r"^\| .* \| (.*) \| .* \|$", COMPARE.split("## What is measured")[0], re.MULTILINE)
+    assert {kind for row in rows for kind in row.split(", ")} - {"kind"} == {opener.kind for opener in OPENERS}
+    commands = get_command(app).commands
+    options = {o for name in ("compare", "history") for parameter in commands[name].params for o in parameter.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", COMPARE)) <= options
+
+
+def test_the_page_on_comparing_shows_the_committed_comparison():
+    result = Comparison.from_json((ROOT / "benchmarks/results/compare_reference.json").read_bytes())
+    summary, _, _ = result.to_markdown().partition("\n")[2].partition("\n| task and metric")
+    assert summary.count("| `") == 4
+    assert summary.strip() in COMPARE
+    assert (ROOT / "docs/compare.png").stat().st_size < 300_000
