@@ -20,11 +20,10 @@ from optimizer.artifact import installed_versions
 from optimizer.backends.linear import linear_layers, stored_scheme, weight_bytes
 from optimizer.backends.runner import BaseRunner
 from optimizer.calibration import _built_in
+from optimizer.compare_quality import measure_quality, metric_entries
 from optimizer.compare_report import (
     Comparison,
     LayerError,
-    MetricEntry,
-    Score,
     VariantEntry,
 )
 from optimizer.compare_report import Workload as WorkloadEntry
@@ -33,11 +32,10 @@ from optimizer.errors import OptimizerError, UsageError
 from optimizer.evals import arithmetic
 from optimizer.evals.architecture import from_module
 from optimizer.evals.ceilings import Ceilings, measure_ceilings
-from optimizer.evals.quality import QualityResult, compare, evaluate, evaluate_model
 from optimizer.evals.timing import GenerationTiming, Workload, measure_generation, ratio
 from optimizer.layer_errors import layer_differences, place
 from optimizer.passes.calibration import FEWEST_TOKENS, calibrate_on
-from optimizer.pipeline import WINDOW, Phase, _check_workload, _reference
+from optimizer.pipeline import Phase, _check_workload
 from optimizer.progress import Progress
 from optimizer.recipe import ServingSpec
 from optimizer.report import Ceilings as CeilingsEntry
@@ -47,8 +45,6 @@ from optimizer.serving import paged, serve
 from optimizer.variants import Options, Variant, open_variants
 
 DEFAULT_TASKS = ("reference_perplexity", "reference_next_line", "reference_cloze")
-HEADLINES = ("acc_norm", "acc", "exact_match", "byte_perplexity", "word_perplexity")
-"""The metric that stands for a task in charts: the first of these that it has, else its first."""
 PASSAGE = 256  # tokens that the output errors of layers are measured on
 
 
@@ -90,13 +86,13 @@ def compare_variants(names: Sequence[str], settings: Settings, progress: Progres
     for runner in local.values():
         _check_workload(runner, settings.workload)
     entries = {variant.name: _describe(variant, settings.workload) for variant in variants}
-    quality = _quality(variants, tokenizer, settings, progress) if settings.tasks else {}
-    metrics = _metrics(quality, settings)
+    quality = measure_quality(variants, tokenizer, settings, progress) if settings.tasks else {}
+    metrics = metric_entries(quality, settings)
     documents, tasks = differing_documents({name: result.items for name, result in quality.items()})
     ceilings = _speed(variants, entries, settings, progress)
     _endpoint_speed(variants, entries, tokenizer, settings, progress)
     if settings.serving is not None:
-        _serving(local, entries, settings, progress)
+        _serving(local, entries, settings.serving, progress)
     layers, notes, tokens = _layers(local, progress) if settings.layers else ([], [], 0)
     for name, result in quality.items():
         entries[name].non_finite = result.non_finite
@@ -164,93 +160,6 @@ def _formats(runner: BaseRunner) -> str:
     schemes = [stored_scheme(module) for module in linear_layers(runner.model).values()]
     counts = Counter(plain if scheme is None else scheme.name for scheme in schemes)
     return ", ".join(f"{name} ×{count}" if len(counts) > 1 else name for name, count in counts.most_common())
-
-
-def _quality(
-    variants: Sequence[Variant], tokenizer: Any, settings: Settings, progress: Progress
-) -> dict[str, QualityResult]:
-    """Every task on every variant."""
-    found = {}
-    for variant in variants:
-        with progress.phase(f"quality of {variant.name}"):
-            found[variant.name] = _evaluate(variant, tokenizer, settings, progress)
-    return found
-
-
-def _evaluate(variant: Variant, tokenizer: Any, settings: Settings, progress: Progress) -> QualityResult:
-    common: dict[str, Any] = {"limit": settings.limit, "seed": settings.seed}
-    options: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed, "progress": progress.update}
-    if variant.runner is not None:
-        runner = _reference(variant.runner) if variant.kind == "model" else variant.runner
-        return evaluate(
-            runner, runner.tokenizer, settings.tasks, max_length=WINDOW, generate_batch=settings.workload.batch,
-            **common, **{key: options[key] for key in ("batch_size", "progress")},
-        )  # fmt: skip
-    from optimizer.endpoint_lm import EndpointLM
-
-    endpoint = variant.endpoint
-    if endpoint is None or tokenizer is None:
-        raise UsageError(
-            f"{variant.name} is an endpoint, and scoring needs its tokenizer: give --tokenizer FOLDER, or a local "
-            "variant with the same one"
-        )
-    return evaluate_model(
-        lambda: EndpointLM(endpoint, tokenizer, max_length=WINDOW, **options), settings.tasks, **common
-    )
-
-
-def _metrics(quality: Mapping[str, QualityResult], settings: Settings) -> list[MetricEntry]:
-    """Each metric over all variants, paired with the first."""
-    if not quality:
-        return []
-    first, *others = quality
-    compared = {
-        name: compare(quality[first], quality[name], confidence=settings.confidence, seed=settings.seed)
-        for name in others
-    }
-    headlines = _headlines(quality[first])
-    entries = []
-    for index, base in enumerate(quality[first].metrics):
-        scores = [Score(variant=first, value=base.value, stderr=base.stderr)]
-        for name in others:
-            item = compared[name][index]
-            stderr = next(m.stderr for m in quality[name].metrics if m.key == base.key)
-            flips = item.flips
-            scores.append(
-                Score(
-                    variant=name,
-                    value=item.optimized,
-                    stderr=stderr,
-                    ratio=item.ratio.value,
-                    ratio_low=item.ratio.low,
-                    ratio_high=item.ratio.high,
-                    p_value=None if flips is None else flips.p_value,
-                    flips_to_wrong=None if flips is None else flips.lost,
-                    flips_to_right=None if flips is None else flips.gained,
-                )
-            )
-        entries.append(
-            MetricEntry(
-                task=base.task,
-                metric=base.metric,
-                filter=base.filter,
-                higher_is_better=base.higher_is_better,
-                samples=len(base.documents),
-                headline=base.key in headlines,
-                scores=scores,
-            )
-        )
-    return entries
-
-
-def _headlines(result: QualityResult) -> set[tuple[str, str, str]]:
-    """The key of one metric of each task."""
-    chosen: dict[str, tuple[int, tuple[str, str, str]]] = {}
-    for metric in result.metrics:
-        rank = HEADLINES.index(metric.metric) if metric.metric in HEADLINES else len(HEADLINES)
-        if metric.task not in chosen or rank < chosen[metric.task][0]:
-            chosen[metric.task] = rank, metric.key
-    return {key for _, key in chosen.values()}
 
 
 def _speed(
@@ -361,11 +270,11 @@ def _prompts(tokenizer: Any, length: int) -> list[list[int]]:
 
 
 def _serving(
-    local: Mapping[str, BaseRunner], entries: dict[str, VariantEntry], settings: Settings, progress: Progress
+    local: Mapping[str, BaseRunner], entries: dict[str, VariantEntry], spec: ServingSpec, progress: Progress
 ) -> None:
     """Replay the same requests on each variant in turn, through a paged cache."""
-    spec = settings.serving
-    assert spec is not None
+    for name in entries.keys() - local.keys():
+        entries[name].notes.append("Serving was not measured: requests are replayed only on what runs here.")
     for name, runner in local.items():
         with progress.phase(f"serving of {name}"):
             try:

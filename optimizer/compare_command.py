@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from optimizer.compare_html import kept_quality
@@ -15,14 +16,17 @@ NAMES = ("compare.html", "compare.json", "compare.md")
 
 def check_folder(out: Path) -> None:
     """Refuse, before minutes of measuring, a folder that cannot be written. Raises `OutputError`."""
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be written: {nearest} is no folder that may be written to; choose another")
+
+
+def write(comparison: Comparison, out: Path) -> list[Path]:
+    """The page, the data and the summary, side by side in `out`. Raises `OutputError`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be made: {error.strerror or error}; choose another folder") from error
-
-
-def write(comparison: Comparison, out: Path) -> list[Path]:
-    """The page, the data and the summary, side by side in `out`."""
     return [comparison.save(out / name) for name in NAMES]
 
 

@@ -123,8 +123,11 @@ def kept_quality(metric: MetricEntry) -> dict[str, tuple[float, float | None, fl
             if metric.higher_is_better:
                 found[score.variant] = (score.ratio, low, high)
             else:
-                ends = (None if end is None else _inverse(end) for end in (high, low))
-                found[score.variant] = (_inverse(score.ratio), *ends)
+                found[score.variant] = (
+                    _inverse(score.ratio),
+                    None if high is None else _inverse(high),
+                    None if low is None else _inverse(low),
+                )
     return found
 
 

@@ -201,12 +201,14 @@ def test_serving_is_measured_where_it_can_be(work: Path, monkeypatch: pytest.Mon
     assert "Serving" in found.to_html()
 
 
-def test_an_endpoint_is_compared_with_a_local_variant(tmp_path: Path) -> None:
+def test_an_endpoint_is_compared_with_a_local_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVER_KEY", "sk-4711-secret")
     model = small_model()
     model.save_pretrained(tmp_path / "small")
     small_tokenizer().save_pretrained(tmp_path / "small")
     with fake_server(SmallRunner(model)) as server:
-        settings = dataclasses.replace(QUICK, tasks=("reference_next_line",), limit=4)
+        options = Options(device="cpu", api_key_variable="SERVER_KEY")
+        settings = dataclasses.replace(QUICK, tasks=("reference_next_line",), limit=4, options=options)
         found = compare_variants([str(tmp_path / "small"), server.name], settings)
         _, remote = found.variants
         assert remote.kind == "endpoint"
@@ -218,6 +220,8 @@ def test_an_endpoint_is_compared_with_a_local_variant(tmp_path: Path) -> None:
         )
         assert found.layers == []
         assert server.name in found.to_html()
+        assert all(headers["Authorization"] == "Bearer sk-4711-secret" for headers in server.headers)
+        assert "sk-4711-secret" not in found.to_html() + found.to_json() + found.to_markdown()
         server.faults += [lambda h: send(h, 500, "broken")] * 9
         with pytest.raises(EndpointError, match="500"):
             compare_variants([str(tmp_path / "small"), server.name], settings)
@@ -257,3 +261,11 @@ def test_a_wrong_request_exits_2_at_once(arguments: list[str], problem: str, tmp
     ran = invoke("compare", *arguments, "--out", tmp_path / "out", "--quiet")
     assert ran.exit_code == 2
     assert problem in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ran = invoke("compare", "reference", "reference", "--out", tmp_path / "file" / "under", "--json")
+    assert ran.exit_code == 2
+    assert json.loads(ran.stderr)["error"] == "OutputError"
