@@ -35,7 +35,7 @@ from optimizer.evals.ceilings import Ceilings, measure_ceilings
 from optimizer.evals.timing import GenerationTiming, Workload, measure_generation, ratio
 from optimizer.layer_errors import layer_differences, place
 from optimizer.passes.calibration import FEWEST_TOKENS, calibrate_on
-from optimizer.pipeline import Phase, _check_workload
+from optimizer.pipeline import WINDOW, Phase, _check_workload
 from optimizer.progress import Progress
 from optimizer.recipe import ServingSpec
 from optimizer.report import Ceilings as CeilingsEntry
@@ -93,6 +93,7 @@ def compare_variants(names: Sequence[str], settings: Settings, progress: Progres
     _endpoint_speed(variants, entries, tokenizer, settings, progress)
     if settings.serving is not None:
         _serving(local, entries, settings.serving, progress)
+        _endpoint_serving(variants, entries, tokenizer, settings.serving, progress)
     layers, notes, tokens = _layers(local, progress) if settings.layers else ([], [], 0)
     for name, result in quality.items():
         entries[name].non_finite = result.non_finite
@@ -262,9 +263,11 @@ def _endpoint_speed(
             entry.notes.append("Its chunks hold several tokens: TPOT is each request's mean gap.")
 
 
-def _prompts(tokenizer: Any, length: int) -> list[list[int]]:
-    """Passages of the built-in text, `length` tokens each."""
-    count = max(16, -(-FEWEST_TOKENS // length))
+def _prompts(tokenizer: Any, length: int, count: int = 16) -> list[list[int]]:
+    """At least `count` passages of the built-in text, `length` tokens each."""
+    if tokenizer is None:
+        raise UsageError("an endpoint needs a tokenizer: give --tokenizer FOLDER, or a local variant with the same one")
+    count = max(count, -(-FEWEST_TOKENS // length))
     rows = calibrate_on(_built_in(), tokenizer, samples=count, length=length, vocabulary=len(tokenizer)).rows
     return [[int(token) for token in row[:length]] for row in rows]
 
@@ -273,8 +276,6 @@ def _serving(
     local: Mapping[str, BaseRunner], entries: dict[str, VariantEntry], spec: ServingSpec, progress: Progress
 ) -> None:
     """Replay the same requests on each variant in turn, through a paged cache."""
-    for name in entries.keys() - local.keys():
-        entries[name].notes.append("Serving was not measured: requests are replayed only on what runs here.")
     for name, runner in local.items():
         with progress.phase(f"serving of {name}"):
             try:
@@ -283,6 +284,30 @@ def _serving(
                 server.close()
             except OptimizerError as error:
                 entries[name].notes.append(f"Serving was not measured: {error}")
+
+
+def _endpoint_serving(
+    variants: Sequence[Variant],
+    entries: dict[str, VariantEntry],
+    tokenizer: Any,
+    spec: ServingSpec,
+    progress: Progress,
+) -> None:
+    """The same requests sent to each endpoint, of the lengths that the first local variant was sent."""
+    context = next((variant.runner.max_context for variant in variants if variant.runner is not None), None)
+    for variant in variants:
+        if variant.endpoint is None:
+            continue
+        from optimizer.endpoint_serving import serve_remote
+
+        with progress.phase(f"serving of {variant.name}"):
+            corpus = [token for row in _prompts(tokenizer, WINDOW, 4 * spec.requests) for token in row]
+            report, shape, errors = serve_remote(variant.endpoint, spec, corpus, context)
+        entry = entries[variant.name]
+        entry.serving = serving_entry(report, shape)
+        entry.notes.append("In serving, each chunk of a stream counts as a token.")
+        if errors:
+            entry.notes.append(f"{len(errors)} of {spec.requests} requests failed, first: {errors[0]}")
 
 
 def _layers(local: Mapping[str, BaseRunner], progress: Progress) -> tuple[list[LayerError], list[str], int]:
