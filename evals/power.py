@@ -131,11 +131,11 @@ class Sampling:
 
     def items(self, limit: float) -> int | None:
         """Items that a model without loss needs to pass at `limit`; None where no number is enough or it is unknown."""
-        margin = self.margin(limit)
-        binary = self.flip_rate is not None
-        if not (0 < margin < math.inf and math.isfinite(self.deviation)) or self.deviation > margin * _MOST / 10:
-            return None
-        if binary and not margin > 1e-6:
+        margin, binary = self.margin(limit), self.flip_rate is not None
+        if not (0 < margin < math.inf and math.isfinite(self.deviation)):
             return None
         spread = {"flips": self.flip_rate} if binary else {"deviation": self.deviation}
-        return items_needed(min(margin, 1.0) if binary else margin, alpha=self.alpha, power=self.power, **spread)
+        try:
+            return items_needed(min(margin, 1.0) if binary else margin, alpha=self.alpha, power=self.power, **spread)
+        except UsageError:  # more items than anything has
+            return None

@@ -132,6 +132,7 @@ class QualityEntry(_Entry):
     """One metric of one task, baseline and optimized on the same samples.
 
     `ratio` is optimized / baseline as measured, whatever the direction: above 1 is better only if `higher_is_better`.
+    `samples_planned` is more than `samples` where the evaluation stopped early, its answer being clear.
     `loss` is how much worse the optimized model is, each bound with the one-sided error rate `loss_alpha`.
     """
 
@@ -146,6 +147,7 @@ class QualityEntry(_Entry):
     ratio_high: float | None = None
     p_value: float | None = None
     samples: Count
+    samples_planned: Count | None = None
     flips_to_wrong: Count | None = None
     flips_to_right: Count | None = None
     loss: float | None = None

@@ -79,7 +79,7 @@ def build_report(outcome: Outcome) -> Report:
         versions=installed_versions(),
         passes=[_pass(step, report) for step, report in outcome.passes],
         layers=_layers(outcome),
-        quality=[_quality(item) for item in outcome.comparisons],
+        quality=[_quality(item, planned) for item, planned in _planned(outcome)],
         divergence=_divergence(outcome),
         speed=[_cell(each) for each in (speed, *outcome.cells)],
         memory=Memory(
@@ -224,7 +224,13 @@ def _layers(outcome: Outcome) -> list[LayerEntry]:
     return entries
 
 
-def _quality(item: MetricComparison) -> QualityEntry:
+def _planned(outcome: Outcome) -> list[tuple[MetricComparison, int]]:
+    """Each comparison, with how many documents of the task were there to be used."""
+    there = {metric.key: len(metric.documents) for metric in outcome.quality[0].metrics}
+    return [(item, there[item.task, item.metric, item.filter]) for item in outcome.comparisons]
+
+
+def _quality(item: MetricComparison, planned: int) -> QualityEntry:
     return QualityEntry(
         task=item.task,
         metric=item.metric,
@@ -237,6 +243,7 @@ def _quality(item: MetricComparison) -> QualityEntry:
         ratio_high=item.ratio.high,
         p_value=None if item.flips is None else item.flips.p_value,
         samples=item.samples,
+        samples_planned=planned,
         flips_to_wrong=None if item.flips is None else item.flips.lost,
         flips_to_right=None if item.flips is None else item.flips.gained,
         loss=None if item.loss is None else item.loss.value,

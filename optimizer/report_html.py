@@ -140,6 +140,7 @@ def _environment(*, autoescape: bool) -> Environment:
         "count": units.COUNT.format,
         "speedup": speedup,
         "loss": _loss,
+        "samples": _samples,
         "spread": lambda entry: units.interval(units.NUMBER, entry.value, entry.low, entry.high),
         "share": _share,
         "code": _markdown_code,
@@ -154,6 +155,12 @@ def _loss(entry: QualityEntry) -> str:
     if entry.loss is None:
         return units.NONE
     return units.interval(units.NUMBER, entry.loss, entry.loss_low, entry.loss_high)
+
+
+def _samples(entry: QualityEntry) -> str:
+    """How many, and of how many where the evaluation stopped early."""
+    text, planned = units.COUNT.format(entry.samples), entry.samples_planned
+    return text if planned is None or planned <= entry.samples else f"{text} of {units.COUNT.format(planned)}"
 
 
 def _share(value: float | None, whole: float | None) -> float:

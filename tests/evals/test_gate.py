@@ -9,10 +9,21 @@ from hypothesis import strategies as st
 
 from optimizer.errors import UsageError
 from optimizer.evals.gate import Floor, Measurement, judge
+from optimizer.evals.power import Sampling, items_needed
 
 GOOD = {
     "quality.reference_next_line.acc.recovery": Measurement(0.99, 0.975, 1.01, 200),
     "quality.reference_perplexity.word_perplexity.ratio": Measurement(1.01, 1.005, 1.015, 100),
+    "quality.reference_next_line.acc.loss": Measurement(0.002, -0.006, 0.009, 700),
+    "quality.reference_next_line.acc.flip_rate": Measurement(0.02, 0.01, 0.035, 700),
+    "quality.reference_next_line.acc.lost_rate": Measurement(0.012, 0.005, 0.02, 700),
+    "quality.gsm8k.exact_match,strict-match.recovery": Measurement(0.99, 0.975, 1.01, 200),
+    "quality.gsm8k.exact_match,strict-match.loss": Measurement(0.002, -0.006, 0.009, 700),
+    "quality.kl.mean": Measurement(0.001, 0.0008, 0.0012, 16, "nats"),
+    "quality.kl.p99": Measurement(0.02, 0.015, 0.03, 16, "nats"),
+    "quality.kl.top1_agreement": Measurement(0.98, 0.975, 0.985, 16),
+    "decode.speedup@b8c512": Measurement(2.4, 2.3, 2.5, 5, "x"),
+    "decode.attainable@b8c512": Measurement(0.6, 0.58, 0.63, 5),
     "decode.speedup": Measurement(2.4, 2.3, 2.5, 20, "x"),
     "prefill.speedup": Measurement(1.3, 1.25, 1.35),
     "decode.mbu": Measurement(0.81, 0.8, 0.82),
@@ -30,6 +41,18 @@ FLOORS = {
     "quality.reference_perplexity.word_perplexity.ratio": Floor(
         "quality.reference_perplexity.word_perplexity.ratio", at_most=1.02
     ),
+    "quality.reference_next_line.acc.loss": Floor("quality.reference_next_line.acc.loss", at_most=0.01),
+    "quality.reference_next_line.acc.flip_rate": Floor("quality.reference_next_line.acc.flip_rate", at_most=0.035),
+    "quality.reference_next_line.acc.lost_rate": Floor("quality.reference_next_line.acc.lost_rate", at_most=0.02),
+    "quality.gsm8k.exact_match,strict-match.recovery": Floor(
+        "quality.gsm8k.exact_match,strict-match.recovery", at_least=0.97
+    ),
+    "quality.gsm8k.exact_match,strict-match.loss": Floor("quality.gsm8k.exact_match,strict-match.loss", at_most=0.01),
+    "quality.kl.mean": Floor("quality.kl.mean", at_most=0.002),
+    "quality.kl.p99": Floor("quality.kl.p99", at_most=0.03),
+    "quality.kl.top1_agreement": Floor("quality.kl.top1_agreement", at_least=0.97),
+    "decode.speedup@b8c512": Floor("decode.speedup@b8c512", at_least=2.0),
+    "decode.attainable@b8c512": Floor("decode.attainable@b8c512", at_least=0.5),
     "decode.speedup": Floor("decode.speedup", at_least=2.0),
     "prefill.speedup": Floor("prefill.speedup", at_least=1.2),
     "decode.mbu": Floor("decode.mbu", at_least=0.55),
@@ -74,6 +97,41 @@ def test_what_is_not_finite_fails(metric, number, part):
     verdict = judge([floor], {metric: broken})
     assert not verdict.passed
     assert "finite" in verdict.floors[0].reason
+
+
+@pytest.mark.parametrize("metric", FLOORS)
+def test_each_kind_of_floor_fails_when_it_was_not_measured(metric):
+    verdict = judge([FLOORS[metric]], {name: at for name, at in GOOD.items() if name != metric})
+    assert not verdict.passed
+    assert f"{metric} was not measured" in verdict.floors[0].reason
+
+
+def loss(value: float, low: float, high: float, samples: int, **options) -> dict[str, Measurement]:
+    sampling = Sampling(0.2, 0.05, 0.8, flip_rate=0.04, **options)
+    return {"q.loss": Measurement(value, low, high, samples, sampling=sampling)}
+
+
+def test_too_few_items_are_told_from_a_worse_model():
+    floor = Floor("q.loss", at_most=0.01)
+    (open_still,) = judge([floor], loss(0.0, -0.02, 0.02, 500)).floors
+    needed = items_needed(0.01, flips=0.04)
+    assert (open_still.passed, open_still.inconclusive, open_still.items_needed) == (False, True, needed)
+    assert f"this limit needs about {needed:,} items" in open_still.reason
+    assert "there were 500" in open_still.reason
+    (worse,) = judge([floor], loss(0.05, 0.02, 0.08, 500)).floors
+    assert (worse.passed, worse.inconclusive) == (False, False)
+    assert "needs about" not in worse.reason
+    (unlucky,) = judge([floor], loss(0.005, -0.001, 0.011, 5000)).floors
+    assert unlucky.inconclusive
+    assert "needs about" not in unlucky.reason  # there were enough
+    assert judge([floor], loss(0.0, -0.005, 0.005, 5000)).floors[0].items_needed == needed
+
+
+def test_a_margin_of_zero_needs_more_than_there_can_be():
+    (verdict,) = judge([Floor("q.loss", at_most=0.0)], loss(0.0, -0.01, 0.01, 500)).floors
+    assert not verdict.passed
+    assert "no number of items" in verdict.reason
+    assert judge([Floor("q.loss", at_most=0.0)], loss(-0.02, -0.03, -0.01, 500)).passed  # it is better
 
 
 def test_noise_does_not_pass_a_floor():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from optimizer.errors import DataError, UsageError
 from optimizer.evals import quality
@@ -250,7 +251,7 @@ def scored(values: list[float], name: str = "acc", rule: str = "none", **options
 def test_evidence_carries_the_interval_and_direction(baseline, ruined):
     comparisons = compare(baseline, ruined, resamples=500)
     found = evidence(comparisons)
-    assert set(found) == {
+    ratios = {
         "quality.reference_perplexity.word_perplexity.ratio",
         "quality.reference_perplexity.byte_perplexity.ratio",
         "quality.reference_perplexity.bits_per_byte.ratio",
@@ -258,6 +259,10 @@ def test_evidence_carries_the_interval_and_direction(baseline, ruined):
         "quality.reference_next_line.acc_norm.recovery",
         "quality.reference_cloze.exact_match.recovery",
     }
+    losses = {name.rpartition(".")[0] + ".loss" for name in ratios}
+    binary = [name.removesuffix(".recovery") for name in ratios if name.endswith(".recovery")]
+    flips = {f"{name}.{kind}_rate" for name in binary for kind in ("flip", "lost", "gained")}
+    assert set(found) == ratios | losses | flips
     byte = next(item for item in comparisons if item.metric == "byte_perplexity")
     measured = found["quality.reference_perplexity.byte_perplexity.ratio"]
     assert (measured.value, measured.low, measured.high) == (byte.ratio.value, byte.ratio.low, byte.ratio.high)
@@ -266,7 +271,51 @@ def test_evidence_carries_the_interval_and_direction(baseline, ruined):
 
 def test_filters_are_not_lost():
     run = QualityResult((scored([1, 0, 1], rule="strict"), scored([1, 1, 1], rule="flexible")), 0)
-    assert set(evidence(compare(run, run))) == {"quality.t.acc,strict.recovery", "quality.t.acc,flexible.recovery"}
+    found = evidence(compare(run, run))
+    assert {name for name in found if name.endswith(".recovery")} == {
+        "quality.t.acc,strict.recovery", "quality.t.acc,flexible.recovery",
+    }  # fmt: skip
+    assert {name for name in found if name.endswith(".loss")} == {
+        "quality.t.acc,strict.loss", "quality.t.acc,flexible.loss",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["none", "strict"])
+@pytest.mark.parametrize("better", [True, False])
+@pytest.mark.parametrize("kind", ["mean", "perplexity", "bits"])
+def test_a_loss_is_positive_where_the_model_is_worse_whatever_the_direction(rule, better, kind):
+    generator = random.Random(0)
+    values = [generator.uniform(0.2, 0.8) if kind == "mean" else -generator.uniform(1, 3) for _ in range(100)]
+    step = 0.1 if (better and kind == "mean") or kind != "mean" else -0.1
+
+    def run(change: float) -> QualityResult:
+        wanted = replace(scored([v + change for v in values], "m", rule), kind=kind, higher_is_better=better)
+        return QualityResult((wanted, scored([1.0] * 100, "m", "other")), 0)
+
+    name, limit = f"quality.t.m,{rule}.loss", Floor(f"quality.t.m,{rule}.loss", at_most=0.02)
+    worse, gain = (evidence(compare(run(0), run(change), resamples=100)) for change in (-step, step))
+    assert worse[name].low > 0 > gain[name].high
+    assert not judge([limit], worse).passed
+    assert judge([limit], gain).passed
+
+
+def test_flips_see_what_an_equal_accuracy_hides():
+    before, after = [1.0] * 50 + [0.0] * 50, [0.0] * 10 + [1.0] * 40 + [1.0] * 10 + [0.0] * 40
+    pair = [QualityResult((scored(values),), 0) for values in (before, after)]
+    found = evidence(compare(*pair))
+    assert found["quality.t.acc.recovery"].value == 1
+    assert found["quality.t.acc.flip_rate"].value == 0.2
+    assert found["quality.t.acc.lost_rate"].value == found["quality.t.acc.gained_rate"].value == 0.1
+    exact = binomtest(20, 100).proportion_ci(0.95)
+    assert (found["quality.t.acc.flip_rate"].low, found["quality.t.acc.flip_rate"].high) == (exact.low, exact.high)
+    assert not judge([Floor("quality.t.acc.flip_rate", at_most=0.1)], found).passed
+
+
+def test_alpha_sets_the_bounds_and_a_level_overrules_it():
+    pair = [QualityResult((scored(values),), 0) for values in ([1.0] * 40, [0.0] + [1.0] * 39)]
+    loose, tight = (compare(*pair, alpha=alpha)[0].loss for alpha in (0.2, 0.01))
+    assert tight.high > loose.high
+    assert compare(pair[0], replace(pair[1], levels={"t": 0.01}), alpha=0.2)[0].loss == tight
 
 
 def test_a_ruined_model_fails_each_quality_floor():
@@ -277,10 +326,17 @@ def test_a_ruined_model_fails_each_quality_floor():
         return QualityResult((scored(scores), perplexity), 0)
 
     before, worse = run(good, -2.0), run([0.0] * 20 + good[20:], -2.2)
-    floors = [Floor("quality.t.acc.recovery", at_least=0.9), Floor("quality.t.ppl.ratio", at_most=1.1)]
+    floors = [
+        Floor("quality.t.acc.recovery", at_least=0.9),
+        Floor("quality.t.ppl.ratio", at_most=1.1),
+        Floor("quality.t.acc.loss", at_most=0.05),
+        Floor("quality.t.ppl.loss", at_most=0.1),
+        Floor("quality.t.acc.flip_rate", at_most=0.05),
+        Floor("quality.t.acc.lost_rate", at_most=0.05),
+    ]
     assert judge(floors, evidence(compare(before, before))).passed
     verdict = judge(floors, evidence(compare(before, worse)))
-    assert [item.passed for item in verdict.floors] == [False, False]
+    assert [item.passed for item in verdict.floors] == [False] * 6
 
 
 def test_a_metric_without_paired_samples_cannot_pass_an_interval():
@@ -288,6 +344,7 @@ def test_a_metric_without_paired_samples_cannot_pass_an_interval():
     found = evidence(compare(run, run))
     assert found["quality.t.f1.recovery"].value == 1.0
     assert not judge([Floor("quality.t.f1.recovery", at_least=0.5)], found).passed
+    assert "not measured" in judge([Floor("quality.t.f1.loss", at_most=0.5)], found).floors[0].reason
     assert judge([Floor("quality.t.f1.recovery", at_least=0.5, bound="value")], found).passed
 
 

@@ -26,13 +26,15 @@ EASY = ({"metric": PERPLEXITY, "at_most": 1.05}, {"metric": "weights.ratio", "at
 PASSES = ({"name": "quantize", "bits": 8}, {"name": "merge_linears"}, {"name": "decode", "compile": False})
 
 
-def recipe(*floors: dict[str, Any], passes: Any = PASSES, tasks: Any = None, **workload: int) -> Recipe:
+def recipe(
+    *floors: dict[str, Any], passes: Any = PASSES, tasks: Any = None, sequential: bool = False, **workload: Any
+) -> Recipe:
     """A recipe of a few evaluated documents and a few generated tokens."""
     return Recipe.from_dict(
         {
             "name": "small",
             "workload": {"batch": 1, "prompt": 8, "output": 4, "repeats": 3} | workload,
-            "evaluation": {"tasks": tasks or {"reference_perplexity": 2}},
+            "evaluation": {"tasks": tasks or {"reference_perplexity": 2}, "sequential": sequential},
             "passes": list(passes),
             "floors": list(floors or EASY),
         }

@@ -36,6 +36,13 @@ from tests.optimizer.tiny_models import tiny_llama
 
 RUINED = ({"name": "ruin"}, {"name": "decode", "compile": False})
 TASKS = {"reference_perplexity": 2, "reference_next_line": 4}
+QUALITY = (
+    {"metric": "quality.reference_perplexity.byte_perplexity.loss", "at_most": 0.05},
+    {"metric": "quality.kl.mean", "at_most": 0.001},
+    {"metric": "quality.kl.p99", "at_most": 0.001},
+    {"metric": "quality.kl.top1_agreement", "at_least": 0.9},
+)
+"""Floors of quality that two documents, or the held-out text, are enough for."""
 TOKENS = torch.randint(3, 300, (1, 7), generator=torch.Generator().manual_seed(0))
 
 
@@ -70,8 +77,13 @@ def sound(source: Source) -> Outcome:
         {"metric": "tpot.seconds", "at_most": 60},
         {"metric": "ttft.seconds", "at_most": 60},
         {"metric": "throughput.tokens_per_second", "at_least": 1e-3},
+        {"metric": "decode.attainable", "at_least": 1e-9},
+        {"metric": "prefill.attainable", "at_least": 1e-9},
+        {"metric": "decode.speedup@b2c6", "at_least": 0.01},
+        {"metric": "decode.attainable@b2c6", "at_least": 1e-9},
+        *QUALITY,
     ]
-    return run(source, recipe(*floors, tasks=TASKS))
+    return run(source, recipe(*floors, tasks=TASKS, cells=[{"batch": 2, "context": 6, "output": 3}]))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +96,7 @@ def ruined(source: Source) -> Outcome:
         {"metric": "weights.bytes", "at_most": 300_000},
         {"metric": "decode.speedup", "at_least": 0.01},
         {"metric": "decode.spedup", "at_least": 0.01},
+        *QUALITY,
     ]
     return run(source, recipe(*floors, passes=RUINED, tasks=TASKS))
 
@@ -95,13 +108,14 @@ def verdicts(outcome: Outcome) -> dict[str, bool]:
 def test_a_sound_model_holds_every_kind_of_floor(sound: Outcome) -> None:
     assert all(verdicts(sound).values()), [item.reason for item in sound.verdict.floors if not item.passed]
     assert sound.verdict.passed
-    assert len(sound.verdict.floors) == 12
+    assert len(sound.verdict.floors) == 20
 
 
 def test_a_ruined_model_fails_both_kinds_of_quality_floor(ruined: Outcome, sound: Outcome) -> None:
     assert not ruined.verdict.passed
     assert verdicts(ruined)[PERPLEXITY] is False
     assert verdicts(ruined)[RECOVERY] is False
+    assert [verdicts(ruined)[str(floor["metric"])] for floor in QUALITY] == [False] * 4
     assert ruined.evidence[PERPLEXITY].value > 1.05
     before = {(item.task, item.metric): item.baseline for item in sound.comparisons}
     assert before == {(item.task, item.metric): item.baseline for item in ruined.comparisons}
@@ -147,9 +161,16 @@ class SlowDecode(EagerRunner):
     [
         (
             SlowDecode,
-            {"decode.speedup", "throughput.speedup", "decode.mbu", "tpot.seconds", "throughput.tokens_per_second"},
+            {
+                "decode.speedup",
+                "throughput.speedup",
+                "decode.mbu",
+                "decode.attainable",
+                "tpot.seconds",
+                "throughput.tokens_per_second",
+            },
         ),
-        (SlowPrefill, {"ttft.speedup", "prefill.mfu", "ttft.seconds"}),
+        (SlowPrefill, {"ttft.speedup", "prefill.mfu", "prefill.attainable", "ttft.seconds"}),
     ],
 )
 def test_a_slow_runner_fails_each_kind_of_speed_floor(
@@ -162,6 +183,8 @@ def test_a_slow_runner_fails_each_kind_of_speed_floor(
         "throughput.speedup": {"at_least": 0.75},
         "decode.mbu": {"at_least": sound.speed.phases["decode", "baseline"].cost.required_bytes / (0.15 * 1e11)},
         "prefill.mfu": {"at_least": sound.speed.phases["prefill", "baseline"].cost.flops / (0.15 * 1e11)},
+        "decode.attainable": {"at_least": sound.speed.phases["decode", "baseline"].floor_seconds / 0.15},
+        "prefill.attainable": {"at_least": sound.speed.phases["prefill", "baseline"].floor_seconds / 0.15},
         "tpot.seconds": {"at_most": 0.15},
         "ttft.seconds": {"at_most": 0.15},
         "throughput.tokens_per_second": {"at_least": 10},
@@ -203,6 +226,48 @@ def test_mfu_and_mbu_are_shares_of_the_measured_ceilings() -> None:
     phase = Phase(cost, seconds=0.5, peak_flops=1e10, bandwidth=4e9)
     assert phase.mfu == pytest.approx(0.4)
     assert phase.mbu == pytest.approx(0.5)
+
+
+def test_attainable_is_the_share_of_the_time_that_the_roofline_asks() -> None:
+    cost = StepCost(Load(1, 1), (OpCost("w", "linear", flops=2e9, weight_bytes=0.9e9, kv_bytes=0.1e9),))
+    assert Phase(cost, seconds=0.5, peak_flops=1e10, bandwidth=4e9).floor_seconds == pytest.approx(0.25)  # bytes bind
+    assert Phase(cost, seconds=0.5, peak_flops=5e9, bandwidth=4e9).floor_seconds == pytest.approx(0.4)  # FLOP bind
+
+
+def test_each_cell_is_measured_as_the_workload_is(sound: Outcome) -> None:
+    (cell,) = sound.cells
+    assert (cell.workload.batch, cell.workload.prompt, cell.workload.output) == (2, 6, 3)
+    speed = {name for name in sound.evidence if name.partition(".")[0] in ("decode", "ttft", "prefill", "tpot")}
+    assert {name for name in speed if "@" not in name} == {name.partition("@")[0] for name in speed if "@" in name}
+    attained = sound.evidence["decode.attainable@b2c6"]
+    shares = [cell.phases["decode", "optimized"].floor_seconds / each for each in cell.optimized.tpot_rounds]
+    assert attained.value == pytest.approx(sorted(shares)[1])
+    assert attained.low <= attained.value <= attained.high
+
+
+@pytest.mark.parametrize("limit", [None, 10])
+def test_a_cell_beyond_the_context_is_refused_before_any_work(source: Source, limit: int | None) -> None:
+    context = limit or source.model.config.max_position_embeddings
+    passes = [{"name": "decode", "compile": False} | ({"max_context": limit} if limit else {})]
+    with pytest.raises(UsageError, match=f"workload cell b1c{context}: prompt {context} .* {context} positions"):
+        run(source, recipe(passes=passes, cells=[{"batch": 1, "context": context}], prompt=4))
+
+
+def test_a_sequential_job_stops_where_it_is_clear(source: Source) -> None:
+    tasks = {"reference_perplexity": 2, "reference_next_line": 40}
+    floors = [
+        {"metric": "quality.reference_next_line.acc.loss", "at_most": 0.9},
+        {"metric": PERPLEXITY, "at_most": 1.05},
+    ]
+    job = recipe(*floors, tasks=tasks, sequential=True)
+    found = run(source, job)
+    items = {item.task: item.samples for item in found.comparisons}
+    assert found.verdict.passed
+    assert items["reference_perplexity"] == 2  # its floor is no loss, so it is evaluated whole
+    assert 8 <= items["reference_next_line"] < 40
+    assert {m.task: len(m.documents) for m in found.quality[0].metrics}["reference_next_line"] == 40
+    whole = run(source, recipe(*floors, tasks=tasks))
+    assert {item.task: item.samples for item in whole.comparisons} == tasks
 
 
 def test_a_bfloat16_original_is_evaluated_exactly_where_bfloat16_is_slow(
