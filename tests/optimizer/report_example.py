@@ -7,8 +7,10 @@ from typing import Any
 
 from optimizer.report import (
     BandwidthPoint,
+    BreakEven,
     Ceilings,
     Cost,
+    Divergence,
     FloorEntry,
     GenerationStats,
     LayerEntry,
@@ -148,6 +150,7 @@ def floors() -> list[FloorEntry]:
             low=0.9741,
             high=1.0088,
             samples=640,
+            samples_needed=1234,
             passed=True,
             reason="0.9741 ≥ 0.97",
         ),
@@ -273,6 +276,22 @@ def example_report(**changes: Any) -> Report:
             Cost(phase="evaluate", seconds=58.3),
             Cost(phase="gate", seconds=0.4),
         ],
+        "divergence": [
+            Divergence(name="KL, mean, nats a token", value=0.0123, low=0.011, high=0.0136, tokens=4096, documents=16),
+            Divergence(name="Same most likely token", value=0.971, low=0.966, high=0.976, tokens=4096, documents=16),
+        ],
+        "break_even": BreakEven(
+            optimization_seconds=18.6,
+            run_seconds=142.5,
+            seconds_per_token_before=0.0293,
+            seconds_per_token_after=0.00596,
+            tokens=797,
+            tokens_at_worst=812,
+            tokens_of_run=6106,
+            cost=0.0396,
+            cost_per_million_tokens_before=8.139,
+            cost_per_million_tokens_after=1.656,
+        ),
         "warnings": ["2 of 40 timing blocks were repeated: another process was busy"],
     }
     return Report(**(fields | changes))
@@ -335,5 +354,6 @@ def hostile_report() -> Report:
         ledger=Ledger(compiled=1, kernels={HOSTILE: 1}),
         floors=[MISSED.model_copy(update={"metric": HOSTILE, "rule": HOSTILE, "reason": HOSTILE, "unit": HOSTILE})],
         costs=[Cost(phase=HOSTILE, seconds=1.0)],
+        divergence=[row.model_copy(update={"name": HOSTILE}) for row in full.divergence],
         warnings=[HOSTILE],
     )

@@ -81,6 +81,22 @@ def test_a_passing_run_exits_0_and_leaves_the_artifact_and_reports(passed: tuple
         assert part in ran.stdout
 
 
+def test_a_run_leaves_both_evaluations_as_lm_eval_writes_them(passed: tuple[Ran, Path]) -> None:
+    ran, out = passed
+    assert f"lm-eval:  {out / 'lm_eval'}" in ran.stdout
+    (model, optimized) = sorted((out / "lm_eval").iterdir(), key=lambda folder: len(folder.name))
+    assert optimized.name.startswith(f"{model.name}-")
+    values = []
+    for folder in (model, optimized):
+        (results,) = folder.glob("results_*.json")
+        assert len(list(folder.glob("samples_reference_perplexity_*.jsonl"))) == 1
+        document = json.loads(results.read_text(encoding="utf-8"))
+        values.append(document["results"]["reference_perplexity"]["byte_perplexity,none"])
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    (row,) = [row for row in report["quality"] if row["metric"] == "byte_perplexity"]
+    assert values == [row["baseline"], row["optimized"]]
+
+
 def test_progress_goes_to_stderr_in_plain_lines(passed: tuple[Ran, Path]) -> None:
     ran, _ = passed
     lines = ran.stderr.splitlines()
@@ -98,7 +114,7 @@ def test_a_missed_floor_exits_1_writes_the_report_and_no_artifact(work: Path, tm
     assert ran.stderr == ""
     assert "missed: weights.ratio: weights.ratio <= 0 is missed" in ran.stdout
     assert "artifact: none, the gate refused it" in ran.stdout
-    assert {path.name for path in out.iterdir()} == {"report.html", "report.md", "report.json"}
+    assert {path.name for path in out.iterdir()} == {"report.html", "report.md", "report.json", "lm_eval"}
     assert json.loads((out / "report.json").read_text(encoding="utf-8"))["verdict"] == "failed"
 
 
@@ -276,6 +292,17 @@ def test_eval_measures_a_model_and_an_artifact(work: Path, passed: tuple[Ran, Pa
     assert values[1] == pytest.approx(values[0], rel=0.05)
 
 
+def test_eval_writes_lm_eval_s_files_where_it_is_told(work: Path, tmp_path: Path) -> None:
+    options = ("--tasks", "reference_perplexity", "--limit", "2", "--json", "--quiet", "--output-path", tmp_path / "o")
+    ran = invoke("eval", work / "model", *options)
+    assert ran.exit_code == 0, ran.stderr
+    (results,) = (tmp_path / "o").glob("*/results_*.json")
+    document = json.loads(results.read_text(encoding="utf-8"))
+    assert document["config"]["limit"] == 2
+    rows = {row["metric"]: row["value"] for row in json.loads(ran.stdout)["metrics"]}
+    assert document["results"]["reference_perplexity"]["byte_perplexity,none"] == rows["byte_perplexity"]
+
+
 def test_eval_of_a_broken_model_is_still_json(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from optimizer.evals import quality
 
@@ -299,7 +326,11 @@ def test_bench_times_two_models_side_by_side(work: Path, passed: tuple[Ran, Path
 
 
 @pytest.mark.parametrize(
-    "command", ["", "run", "plan", "quantize", "recipes", "eval", "bench", "roofline", "verify", "doctor"]
+    "command",
+    [
+        "", "run", "plan", "quantize", "recipes", "eval", "bench", "serve", "compare", "history", "diagnose", "roofline",
+        "power", "ci", "export", "verify", "doctor",
+    ],
 )
 def test_every_command_has_help(command: str) -> None:
     for flag in ("--help", "-h"):

@@ -275,3 +275,48 @@ def test_a_long_wrong_value_is_shortened_in_the_message(tmp_path: Path) -> None:
 def test_a_recipe_does_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe.from_dict(VALID).name = "other"  # type: ignore[misc]
+
+
+def test_cells_are_named_by_batch_and_context() -> None:
+    data = changed("workload", "cells", value=[{"batch": 1, "context": 128}, {"batch": 8, "context": 512, "output": 4}])
+    data["floors"] = [{"metric": "decode.attainable@b8c512", "at_least": 0.2}]
+    assert [cell.name for cell in Recipe.from_dict(data).workload.cells] == ["b1c128", "b8c512"]
+
+
+@pytest.mark.parametrize("cells", [[], [{"batch": 8, "context": 256}]])
+def test_a_floor_on_a_cell_that_is_not_measured_is_refused(cells: Any) -> None:
+    data = changed("workload", "cells", value=cells)
+    data["floors"] = [{"metric": "decode.speedup@b8c512", "at_least": 1}]
+    with pytest.raises(RecipeError, match=r"names a cell that is not measured; workload\.cells has (none|b8c256)"):
+        Recipe.from_dict(data)
+
+
+def test_a_cell_given_twice_is_refused() -> None:
+    cells = [{"batch": 8, "context": 256}, {"batch": 8, "context": 256, "output": 4}]
+    with pytest.raises(RecipeError, match="b8c256 occurs twice"):
+        Recipe.from_dict(changed("workload", "cells", value=cells))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("evaluation", "alpha"), 0.0),
+        (("evaluation", "alpha"), 0.6),
+        (("evaluation", "power"), 1.0),
+        (("evaluation", "looks"), 1),
+        (("evaluation", "sequential"), "yes"),
+        (("evaluation", "divergence"), {"documents": 0}),
+        (("evaluation", "divergence"), {"length": 1}),
+        (("workload", "cells"), [{"batch": 0, "context": 1}]),
+        (("workload", "cells"), [{"batch": 1}]),
+        (("price_per_hour",), 0),
+    ],
+)
+def test_a_gate_that_makes_no_sense_is_refused_at_its_place(path: tuple[str, ...], value: Any) -> None:
+    with pytest.raises(RecipeError, match=".".join(path)):
+        Recipe.from_dict(changed(*path, value=value))
+
+
+def test_the_divergence_can_be_left_out() -> None:
+    assert Recipe.from_dict(changed("evaluation", "divergence", value=None)).evaluation.divergence is None
+    assert Recipe.from_dict(VALID).evaluation.divergence is not None

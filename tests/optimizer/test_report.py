@@ -349,6 +349,35 @@ def test_markdown_says_what_was_found() -> None:
     assert "`quantize` skipped `lm_head`: excluded by the recipe" in text
 
 
+def test_every_form_says_when_the_run_has_paid_and_how_far_the_model_diverged(documents: dict[str, str]) -> None:
+    report = example_report()
+    assert report.break_even is not None
+    for text in (report.to_markdown(), documents["passed"]):
+        for part in (
+            "797 tokens",
+            "812 tokens",
+            "6,106 tokens",
+            "0.01230 [0.01100, 0.01360]",
+            "8.139 → 1.656",
+            "1,234",
+        ):
+            assert part in text.replace("\\", ""), part
+    never = report.break_even.model_copy(update={"tokens": None, "cost": None})
+    lines = dict(never.lines())
+    assert lines["Optimization won back after"] == "never: not faster"
+    assert not any("Price" in name for name in lines)
+
+
+def test_an_evaluation_that_stopped_early_says_so() -> None:
+    report = example_report()
+    entry = report.quality[0].model_copy(
+        update={"samples": 240, "samples_planned": 700, "loss": 0.002, "loss_low": -0.01, "loss_high": 0.014}
+    )
+    text = report.model_copy(update={"quality": [entry]}).to_markdown()
+    assert "| 240 of 700 |" in text
+    assert "0.002000 \\[−0.010000, 0.014000\\]" in text
+
+
 def test_many_layers_stay_small_and_nothing_is_dropped_in_silence() -> None:
     layer = example_report().layers[0]
     many = [layer.model_copy(update={"name": f"layer_{i}.", "weight_error": 0.01 + i * 1e-6}) for i in range(5000)]
