@@ -372,7 +372,9 @@ def compare(
     return [_compare_one(result, found[result.key], options, level[result.task]) for result in baseline.metrics]
 
 
-def evidence(comparisons: Sequence[MetricComparison], *, power: float = 0.8) -> dict[str, Measurement]:
+def evidence(
+    comparisons: Sequence[MetricComparison], *, power: float = 0.8, alpha: float | None = None
+) -> dict[str, Measurement]:
     """What the gate judges, `quality.<task>.<metric>.` and then
 
     - `recovery`, or `ratio` where lower is better: optimized over baseline, with an interval of `confidence`;
@@ -380,7 +382,7 @@ def evidence(comparisons: Sequence[MetricComparison], *, power: float = 0.8) -> 
     - `flip_rate`, `lost_rate`, `gained_rate`: shares of 0/1 answers that changed, went wrong, and became right.
 
     A task scored under several filters has one entry for each, its metric written as lm-eval does: `metric,filter`.
-    `power` is what the number of items that a limit needs is for.
+    `power` and `alpha` are what the number of items that a limit needs is for; alpha is by default that of the bounds.
     """
     filters: dict[tuple[str, str], int] = {}
     for item in comparisons:
@@ -394,7 +396,7 @@ def evidence(comparisons: Sequence[MetricComparison], *, power: float = 0.8) -> 
         measured[name] = Measurement(ratio.value, ratio.low, ratio.high, item.samples, sampling=_of_ratio(item, power))
         if loss is not None:
             log = item.kind == "perplexity"
-            sampling = Sampling(loss.deviation, loss.alpha, power, log=log, flip_rate=loss.flip_rate)
+            sampling = Sampling(loss.deviation, alpha or loss.alpha, power, log=log, flip_rate=loss.flip_rate)
             measured[f"{stem}.loss"] = Measurement(loss.value, loss.low, loss.high, item.samples, sampling=sampling)
         if item.flips is not None:
             lost, gained = item.flips.lost, item.flips.gained

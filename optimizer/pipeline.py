@@ -202,7 +202,8 @@ def run(
         speed = measure_speed(original, runner, workload, ceilings, recipe, progress)
         at = {name: measure_speed(original, runner, cell, ceilings, recipe, progress) for name, cell in cells.items()}
     sizes = weight_bytes(model), weight_bytes(optimized)
-    found = {**evidence(comparisons, power=spec.power), **_speed_evidence(speed), **_size_evidence(*sizes)}
+    found = evidence(comparisons, power=spec.power, alpha=spec.alpha)
+    found |= _speed_evidence(speed) | _size_evidence(*sizes)
     found |= {f"{metric}@{name}": m for name, each in at.items() for metric, m in _speed_evidence(each).items()}
     found |= {} if divergence is None else divergence_evidence(divergence)
     found["kv.ratio"] = Measurement(runner.kv_bytes_per_token / runner.original_kv_bytes_per_token)

@@ -89,7 +89,8 @@ def interval(unit: Unit, value: float | None, low: float | None, high: float | N
     scale, suffix = unit._rung(value)
     number = text.removesuffix(suffix)
     decimals = len(number.partition(".")[2])
-    fixed = number.replace(",", "").lstrip("−").replace(".", "").isdigit()
+    # A zero has no decimals to take over: its ends would all be 0.
+    fixed = value != 0 and number.replace(",", "").lstrip("−").replace(".", "").isdigit()
     return f"{text} [{', '.join(_end(unit, end, scale, decimals if fixed else None) for end in (low, high))}]"
 
 

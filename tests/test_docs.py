@@ -6,17 +6,24 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 
-from benchmarks import peers_cpu, predict, serving_cpu, streaming
+from typer.testing import CliRunner
+
+from benchmarks import gate, peers_cpu, predict, serving_cpu, streaming
 from benchmarks.decode import markdown
 from benchmarks.gpu import claims
 from optimizer.cli import app
+from optimizer.evals.noninferiority import score_interval
+from optimizer.evals.power import items_needed
 from optimizer.compare_report import Comparison
-from optimizer.recipe import builtin
+from optimizer.recipe import Recipe, builtin
+
 from optimizer.variants import OPENERS
 
 ROOT = Path(__file__).parents[1]
+GATE = (ROOT / "docs/gate.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
 
@@ -73,6 +80,34 @@ def test_the_page_on_the_paged_cache_shows_the_committed_result():
 def test_the_page_on_streaming_shows_the_committed_result():
     result = json.loads((ROOT / "benchmarks/results/streaming.json").read_text(encoding="utf-8"))
     assert streaming.markdown(result["rows"]) in (ROOT / "docs/streaming.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_the_gate_shows_the_committed_simulation():
+    result = json.loads((ROOT / "benchmarks/results/gate.json").read_text(encoding="utf-8"))
+    assert gate.markdown(result["rows"]) in GATE
+    assert f"{result['runs']:,} runs" in GATE
+
+
+def test_the_page_on_the_gate_gives_the_figures_of_the_power_function():
+    for line in re.findall(r"^optimizer power (.*)$", GATE, re.MULTILINE):
+        options, _, said = line.partition("#")
+        done = CliRunner().invoke(app, ["power", *options.split(), "--json"])
+        found = json.loads(done.stdout)
+        if "items" in found:
+            assert f"{found['power_of_items']:.0%}".replace("%", " %") in said
+            assert f"{found['margin_of_items']:.1%}".replace("%", " %") in said
+        else:
+            assert f"{found['items_needed']:,} items" in said
+    assert f"{items_needed(0.01, flips=0.02):,} items" in GATE
+    assert f"{score_interval(0, 0, 240, 0.05)[1]:.1%}".replace("%", " %") + " for 240 items" in GATE
+
+
+def test_the_recipe_on_the_page_of_the_gate_is_one():
+    example = re.search(r"```yaml\n(workload.*?)```", GATE, re.DOTALL)[1]
+    recipe = Recipe.from_dict({"name": "example", "passes": [{"name": "decode"}], **yaml.safe_load(example)})
+    assert recipe.evaluation.sequential
+    assert recipe.evaluation.divergence.model_dump() == {"documents": 16, "length": 256}
+    assert "`divergence: {documents: 16, length: 256}`" in GATE
 
 
 def test_the_page_on_plans_shows_the_committed_result():

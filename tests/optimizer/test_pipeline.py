@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,6 +244,16 @@ def test_each_cell_is_measured_as_the_workload_is(sound: Outcome) -> None:
     shares = [cell.phases["decode", "optimized"].floor_seconds / each for each in cell.optimized.tpot_rounds]
     assert attained.value == pytest.approx(sorted(shares)[1])
     assert attained.low <= attained.value <= attained.high
+
+
+def test_the_page_on_the_gate_lists_what_can_be_named_and_nothing_else(sound: Outcome) -> None:
+    page = (Path(__file__).parents[2] / "docs/gate.md").read_text(encoding="utf-8")
+    rows = re.search(r"\| metric \| what it is.*?\n\n", page, re.DOTALL)[0].strip().splitlines()[2:]  # type: ignore[index]
+    listed = [name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    known = {name.replace("<task>", r"\w+").replace("<metric>", r"\w+").replace(".", r"\.") for name in listed}
+    names = {name.partition("@")[0] for name in sound.evidence}
+    assert not [name for name in names if not any(re.fullmatch(pattern, name) for pattern in known)]
+    assert not [pattern for pattern in known if not any(re.fullmatch(pattern, name) for name in names)]
 
 
 @pytest.mark.parametrize("limit", [None, 10])

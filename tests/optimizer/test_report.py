@@ -241,6 +241,7 @@ def test_missing_is_said_to_be_missing() -> None:
         (interval(PERCENT, 0.5, 0.4, 0.6), "50.0 % [40.0, 60.0]"),
         (interval(RATIO, 2.0, math.nan, math.inf), "2.00× [NaN, ∞]"),
         (interval(RATIO, None, 1.0, 2.0), "not measured"),
+        (interval(NUMBER, 0.0, -0.0112, 0.0112), "0 [−0.01120, 0.01120]"),
     ],
 )
 def test_numbers_read_well(got: object, expected: object) -> None:
