@@ -74,14 +74,14 @@ def token_divergence(baseline: Tensor, optimized: Tensor) -> tuple[Tensor, Tenso
     rows = max(1, CHUNK_BYTES // (4 * shared))
     kl, same = [], []
     for first, second in zip(baseline.split(rows), optimized.split(rows), strict=True):
-        p, q = (each[..., :shared].float().cpu() for each in (first, second))
+        p, q = first[..., :shared].float(), second[..., :shared].to(first.device).float()
         logs = torch.log_softmax(p, -1), torch.log_softmax(q, -1)
         # Where P is 0 the term is 0, also where both logarithms are minus infinity.
         terms = torch.where(logs[0] == -math.inf, 0.0, logs[0].exp() * (logs[0] - logs[1]))
         found = terms.sum(-1).clamp(min=0)  # rounding; a NaN stays
         kl.append(torch.where(q.isnan().any(-1) | p.isnan().any(-1), math.nan, found))
         same.append(p.argmax(-1) == q.argmax(-1))
-    return torch.cat(kl), torch.cat(same)
+    return torch.cat(kl).cpu(), torch.cat(same).cpu()
 
 
 def measure_divergence(
@@ -89,13 +89,15 @@ def measure_divergence(
     optimized: Runner,
     rows: Sequence[Sequence[int]],
     *,
+    batch_size: int = 16,
     confidence: float = 0.95,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Divergence:
     """Run both models on `rows`, token ids of one document each, and compare the distribution after every token.
 
-    Raises `UsageError` without rows or for a row that does not fit a model's context.
+    At most `batch_size` rows run at a time, fewer where their logits would exceed `ROWS_BYTES`. Raises `UsageError`
+    without rows or for a row that does not fit a model's context.
     """
     longest = max(map(len, rows), default=0)
     limit = min(baseline.max_context, optimized.max_context)
@@ -106,7 +108,8 @@ def measure_divergence(
     kl: dict[int, NDArray[np.float64]] = {}
     same: dict[int, NDArray[np.float64]] = {}
     while order:
-        fit = max(1, ROWS_BYTES // (4 * len(rows[order[-1]]) * max(baseline.vocab_size, optimized.vocab_size)))
+        row_bytes = 4 * len(rows[order[-1]]) * max(baseline.vocab_size, optimized.vocab_size)
+        fit = max(1, min(batch_size, ROWS_BYTES // row_bytes))
         batch, order = order[-fit:], order[:-fit]
         tokens, mask = _padded([rows[index] for index in batch], shared)
         logits = [_logits(runner, tokens, mask) for runner in (baseline, optimized)]

@@ -192,6 +192,8 @@ def _chosen(
 ) -> dict[str, range] | None:
     """The documents of each task, as lm-eval's `samples`: those given, or the first `limit`; None for all."""
     if documents is not None:
+        if odd := sorted(set(tasks) ^ set(documents)):  # lm-eval would evaluate all of a task that is not named
+            raise UsageError(f"documents must name some of each task and of no other; {', '.join(odd)} differ")
         return dict(documents)
     if limit is None:
         return None

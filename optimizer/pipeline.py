@@ -337,13 +337,14 @@ def _quality(
 
 
 def _divergence(reference: BaseRunner, runner: BaseRunner, recipe: Recipe, progress: Progress) -> Divergence:
-    spec = recipe.evaluation.divergence
-    assert spec is not None
-    length = min(spec.length, reference.max_context, runner.max_context, WINDOW)
-    rows = held_out_rows(runner.tokenizer, spec.documents, length)
+    spec, text = recipe.evaluation, recipe.evaluation.divergence
+    assert text is not None
+    length = min(text.length, reference.max_context, runner.max_context, WINDOW)
+    rows = held_out_rows(runner.tokenizer, text.documents, length)
     return measure_divergence(
-        reference, runner, rows, confidence=recipe.evaluation.confidence, seed=recipe.seed, progress=progress.update
-    )
+        reference, runner, rows, batch_size=spec.batch_size, confidence=spec.confidence, seed=recipe.seed,
+        progress=progress.update,
+    )  # fmt: skip
 
 
 def _speed_evidence(speed: Speed) -> dict[str, Measurement]:

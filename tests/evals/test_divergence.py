@@ -114,6 +114,10 @@ def test_memory_holds_the_logits_of_the_rows_that_fit(runner, rows, monkeypatch)
     model = SmallRunner(small_model())
     measure_divergence(model, model, rows)
     assert max(shape[0] for shape in model.shapes) == 2
+    model.shapes.clear()
+    monkeypatch.setattr(divergence, "ROWS_BYTES", 1 << 30)
+    measure_divergence(model, model, rows, batch_size=4)
+    assert max(shape[0] for shape in model.shapes) == 4
 
 
 def test_a_model_against_itself(runner, rows):

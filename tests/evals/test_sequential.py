@@ -153,6 +153,12 @@ def test_parts_of_a_run_are_together_the_run(runner):
     assert parts.lm_eval["n-samples"]["reference_next_line"]["effective"] == 7
 
 
+def test_documents_of_no_task_or_of_another_are_refused(runner):
+    for documents in ({}, {"reference_cloze": range(2)}):
+        with pytest.raises(UsageError, match="documents must name some of each task"):
+            evaluate(runner, small_tokenizer(), ["reference_next_line"], documents=documents)
+
+
 def test_the_sizes_are_those_of_the_data():
     assert task_sizes(TASKS, {"reference_cloze": 5}) == {
         "reference_next_line": 700, "reference_perplexity": 317, "reference_cloze": 5,
