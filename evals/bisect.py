@@ -15,7 +15,9 @@ alone fails, a d fails, a b d holds: b. Removing b d holds: done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -24,6 +26,31 @@ T = TypeVar("T")
 
 class OutOfBudget(Exception):  # noqa: N818 (a signal, not an error)
     """Raised by a test that there is no budget left for. A search then returns the best that it has tested."""
+
+
+class Budget:
+    """Seconds for a search. A candidate is not begun if one as long as the longest so far would end too late."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds, self.clock, self.began = seconds, clock, clock()
+        self.longest, self.candidates = 0.0, 0
+
+    @property
+    def spent(self) -> float:
+        """Seconds since it was made."""
+        return self.clock() - self.began
+
+    @contextmanager
+    def candidate(self) -> Iterator[None]:
+        """Measure one candidate; `OutOfBudget` if there is no time for it."""
+        if self.spent + self.longest > self.seconds:
+            raise OutOfBudget
+        self.candidates += 1
+        began = self.clock()
+        try:
+            yield
+        finally:
+            self.longest = max(self.longest, self.clock() - began)
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,21 @@ def _saturating(aggregate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return saturating
 
 
+@dataclass(frozen=True)
+class TaskFacts:
+    """How many documents a task has, and whether it has the model generate rather than score."""
+
+    documents: int
+    generates: bool
+
+
+def task_facts(tasks: Sequence[str], *, seed: int = 0) -> dict[str, TaskFacts]:
+    """The facts of each task, of the members of a group. Raises `UsageError` for an unknown task."""
+    with _left_as_found(seed):
+        loaded = _load(tasks, seed)["tasks"]
+        return {name: TaskFacts(len(t.eval_docs), t.OUTPUT_TYPE == "generate_until") for name, t in loaded.items()}
+
+
 def _chosen(
     tasks: Mapping[str, Any], limit: int | Mapping[str, int] | None, documents: Mapping[str, range] | None
 ) -> dict[str, range] | None:

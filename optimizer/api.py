@@ -27,11 +27,12 @@ from optimizer.inspection import inspect_checkpoint
 from optimizer.passes.base import Context, Pass
 from optimizer.passes.decode import Decode
 from optimizer.passes.merge_linears import MergeLinears
-from optimizer.pipeline import Outcome, apply_passes, choose_device, run
+from optimizer.pipeline import Outcome, apply_passes, choose_device
 from optimizer.plan_command import AUTO, MINUTES, base_recipe, plan_model
 from optimizer.plan_entry import plan_entry
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
+from optimizer.repair import run_and_repair
 from optimizer.report import Report
 from optimizer.report_build import build_report
 from optimizer.source import load_source
@@ -129,6 +130,8 @@ def optimize(
     out: str | Path | None = None,
     inplace: bool = False,
     trust_remote_code: bool = False,
+    repair: bool | None = None,
+    repair_minutes: float | None = None,
     progress: Progress | None = None,
     minutes: float | None = None,
     baselines: BaselineCache | None = None,
@@ -146,12 +149,18 @@ def optimize(
     and the fastest that holds its floors is the result. With `out` what was measured is kept beside it, in
     `.<name>.plan`, so that a run that was killed goes on.
 
+    If the gate refuses the model, up to `repair_minutes` are spent on finding the pass, pair of passes or layers that
+    carry the loss and, with `repair`, on gating again without them; the recipe says both unless they are given here.
+    The result is then of the repaired recipe, `result.outcome.recipe`, and the report keeps the original verdict.
+
     Raises a subclass of `OptimizerError` that names the thing, the rule and the remedy.
     """
     planned = recipe == AUTO
     if minutes is not None and not planned:
         raise UsageError(f"minutes is the time of a plan, and recipe {str(recipe)!r} has none. Use recipe auto.")
     recipe = base_recipe() if planned else Recipe.load(recipe)
+    asked = {"repair": repair, "repair_minutes": repair_minutes}
+    recipe = recipe.updated({key: value for key, value in asked.items() if value is not None})
     progress = progress or Progress()
     target = choose_device(device)
     if out is not None:
@@ -181,7 +190,9 @@ def optimize(
         if baselines is not None:
             given = calibration if isinstance(calibration, Path) else None
             baseline = partial(baselines.baseline, source=source, recipe=recipe, progress=progress, calibration=given)
-        outcome = run(source, recipe, calibration=data, inplace=inplace, progress=progress, baseline=baseline)
+        outcome = run_and_repair(
+            source, recipe, calibration=data, inplace=inplace, progress=progress, baseline=baseline
+        )
         report = build_report(outcome)
         if baselines is not None:
             report = report.model_copy(update={"warnings": [*report.warnings, *baselines.notes]})

@@ -17,6 +17,9 @@ from typing import Literal
 
 from optimizer.evals.bisect import OutOfBudget, Removal, minimal_removal
 
+MOST_LAYERS = 4
+"""Layers that are singled out: a loss on more is spread, and the worst by their error are taken back together."""
+
 Names = frozenset[str]
 Kind = Literal["pass", "pair", "layers", "time"]
 
@@ -111,7 +114,7 @@ def attribute(suspects: Sequence[str], measure: Measure) -> Attribution:
     except OutOfBudget:
         found.complete = False
     found.findings = _findings(suspects, without, alone, together)
-    _conclude(found, suspects, without, measure)
+    _conclude(found, without, measure)
     return found
 
 
@@ -135,7 +138,7 @@ def _findings(
     return single + pairs
 
 
-def _conclude(found: Attribution, suspects: Sequence[str], without: dict[str, Loss], measure: Measure) -> None:
+def _conclude(found: Attribution, without: dict[str, Loss], measure: Measure) -> None:
     """Which reverts hold the floor: single ones, the guilty first, or else the fewest together."""
     blamed = {name for finding in found.guilty for name in finding.names}
     ranked = sorted(without, key=lambda name: (name not in blamed, _rank(without[name])))
@@ -151,7 +154,7 @@ def _conclude(found: Attribution, suspects: Sequence[str], without: dict[str, Lo
 
 def attribute_layers(layers: Sequence[str], measure: Measure) -> tuple[Removal[str], Finding]:
     """The fewest layers, of those given in order of suspicion, whose reverting holds the floor."""
-    removal = minimal_removal(layers, lambda names: measure(names).holds)
+    removal = minimal_removal(layers, lambda names: measure(names).holds, most=MOST_LAYERS)
     without = measure(frozenset(removal.removed)) if removal.holds else None  # measured before
     culprits = removal.removed if removal.holds else ()
     return removal, Finding("layers", tuple(n for n in layers if n in culprits), without, None, removal.holds)

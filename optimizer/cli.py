@@ -48,6 +48,13 @@ def run(
         bool,
         typer.Option(help="Write the artifact even if floors are missed, marked UNGATED; the exit code is still 1."),
     ] = False,
+    repair: Annotated[
+        bool | None,
+        typer.Option("--repair/--no-repair", help="Gate again without what carries a loss; as the recipe says."),
+    ] = None,
+    repair_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Spent at most on a missed floor; 0: none. As the recipe says.")
+    ] = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -66,6 +73,7 @@ def run(
             result = optimize(
                 model, recipe, calibration=calibration, device=device, progress=progress,
                 trust_remote_code=trust_remote_code, out=None if out is None else out / "artifact", minutes=minutes,
+                repair=repair, repair_minutes=repair_minutes,
             )  # fmt: skip
             if out is not None and ungated and not result.passed:
                 result.save(out / "artifact", ungated=True)
@@ -85,12 +93,30 @@ def run(
             print_table(report)
             for floor in report.failed_floors:
                 typer.echo(f"missed: {floor.metric}: {floor.reason}")
+            _echo_attribution(report)
             typer.echo(report.summary)
             if out is not None:
                 typer.echo(f"artifact: {_fate(out / 'artifact', result.passed, ungated)}")
                 typer.echo(f"report:   {written[0]}")
                 typer.echo(f"lm-eval:  {out / 'lm_eval'}")
     raise typer.Exit(0 if result.passed else 1)
+
+
+def _echo_attribution(report: Any) -> None:
+    """What was found about a refusal: causes, candidates gated again, and what was not sure."""
+    found = report.attribution
+    if found is None:
+        return
+    for floor in found.refused if found.reverted else ():
+        typer.echo(f"refused as given: {floor.metric}: {floor.reason}")
+    for cause in found.causes:
+        typer.echo(f"because: {cause}")
+    for attempt in found.attempts:
+        verdict = "passed" if attempt.passed else "; ".join(attempt.missed)
+        typer.echo(f"gated again with {'; '.join(attempt.reverted)}: {verdict}")
+    for note in found.notes:
+        if note not in found.causes:
+            typer.echo(f"note: {note}")
 
 
 @app.command()

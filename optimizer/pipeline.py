@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,7 +48,13 @@ from optimizer.recipe import Recipe
 from optimizer.serving import serve, serving_evidence
 from optimizer.source import Source
 
+if TYPE_CHECKING:
+    from optimizer.repair import Diagnosis
+
 WINDOW = 512
+"""Tokens of context that an evaluation window holds at most."""
+
+
 """Tokens of context that an evaluation window holds at most."""
 
 
@@ -122,6 +128,8 @@ class Outcome:
     cells: tuple[Speed, ...] = ()
     divergence: Divergence | None = None
     served: tuple[ServingReport, RequestSpec] | None = None
+    baseline: Baseline | None = None
+    diagnosis: Diagnosis | None = None
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -158,10 +166,7 @@ def run(
     original = original_runner(source)
     model = source.model
     workload = Workload(recipe.workload.batch, recipe.workload.prompt, recipe.workload.output)
-    context = Context(
-        tokenizer=source.tokenizer, batch=workload.batch, progress=progress.update, calibration=calibration,
-        scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(_median_seconds, device=original.device),
-    )  # fmt: skip
+    context = make_context(source, recipe, calibration, progress)
     passes = recipe.build_passes()
     cells = {cell.name: Workload(cell.batch, cell.context, cell.output) for cell in recipe.workload.cells}
     longest = min([p.max_context for p in passes if isinstance(p, Decode) and p.max_context] + [original.max_context])
@@ -216,11 +221,19 @@ def run(
     outcome = Outcome(
         recipe, source, runner, tuple(zip(passes, reports, strict=True)), tuple(comparisons), speed, ceilings, found,
         judge(floors_of(recipe), found), *sizes, after.non_finite, dict(progress.seconds), (before, after),
-        tuple(at.values()), divergence, served,
+        tuple(at.values()), divergence, served, baseline,
     )  # fmt: skip
     if inplace:
         replace_model(model, optimized)
     return outcome
+
+
+def make_context(source: Source, recipe: Recipe, calibration: Calibration | None, progress: Progress) -> Context:
+    """What the passes of one application of the recipe share."""
+    return Context(
+        tokenizer=source.tokenizer, batch=recipe.workload.batch, progress=progress.update, calibration=calibration,
+        scale_dtype=find_layout(recipe.layout).scale_dtype, time=partial(_median_seconds, device=source.model.device),
+    )  # fmt: skip
 
 
 def replace_model(model: Any, optimized: Any) -> None:
@@ -233,6 +246,11 @@ def original_runner(source: Source) -> EagerRunner:
     if source.tokenizer is None:
         raise UsageError(f"{source.name} has no tokenizer, which the evaluation needs. Pass tokenizer=.")
     return EagerRunner(view(source.model), source.tokenizer)  # a view: a runner puts its model in eval mode
+
+
+def reference_runner(source: Source) -> BaseRunner:
+    """The original as quality is compared with: in the arithmetic that the module's docstring gives."""
+    return _reference(original_runner(source))
 
 
 def measure_baseline(original: BaseRunner, recipe: Recipe, progress: Progress) -> Baseline:
@@ -284,9 +302,10 @@ def measure_speed(
         for phase, (cost, seconds) in costs.items():
             bandwidth = ceilings.bandwidth(max(cost.required_bytes, 1))
             phases[phase, variant] = Phase(cost, seconds, peak, bandwidth)
+    paired = partial(ratio, confidence=recipe.evaluation.confidence)
     return Speed(
-        workload, a, b, ratio(a.tpot_rounds, b.tpot_rounds), ratio(a.ttft_rounds, b.ttft_rounds),
-        ratio(a.e2e_rounds, b.e2e_rounds), phases,
+        workload, a, b, paired(a.tpot_rounds, b.tpot_rounds), paired(a.ttft_rounds, b.ttft_rounds),
+        paired(a.e2e_rounds, b.e2e_rounds), phases,
     )  # fmt: skip
 
 

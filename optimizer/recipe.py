@@ -20,6 +20,7 @@ import difflib
 import reprlib
 import types
 import typing
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -140,7 +141,8 @@ class Recipe(_Strict):
     """Passes in order, the workload, the evaluation, and the floors; see the module's example.
 
     `layout` is the format of the checkpoint that is written. `price_per_hour` of the device, in any currency, lets the
-    report say what was paid and what is saved.
+    report say what was paid and what is saved. When a floor is missed, up to `repair_minutes` are spent on finding out
+    why and, with `repair`, on gating again without what carries the loss.
     """
 
     name: str
@@ -153,6 +155,8 @@ class Recipe(_Strict):
     passes: list[dict[str, Any]] = Field(min_length=1)
     floors: list[FloorSpec] = Field(min_length=1)
     seed: int = 0
+    repair: bool = True
+    repair_minutes: float = Field(default=5.0, ge=0)
     price_per_hour: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -208,6 +212,10 @@ class Recipe(_Strict):
         raise RecipeError(
             f"unknown recipe {str(recipe)!r}.{hint} Built in: {', '.join(builtin())}; or give a .yaml file."
         )
+
+    def updated(self, keys: Mapping[str, Any]) -> Recipe:
+        """The recipe with these keys instead of its own, validated."""
+        return Recipe.from_dict(self.model_dump() | dict(keys), f"recipe {self.name}") if keys else self
 
     def build_passes(self) -> list[Pass]:
         """The passes with their options; an unknown one raises `RecipeError`."""

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from optimizer.errors import ArtifactError, OutputError, UsageError
 from optimizer.plan_entry import PlanEntry
+from optimizer.report_attribution import Attribution
 from optimizer.report_units import (
     BYTES,
     COUNT,
@@ -394,6 +395,7 @@ class Report(_Entry):
     plan: PlanEntry | None = None
     ledger: Ledger = Ledger()
     floors: list[FloorEntry] = []
+    attribution: Attribution | None = None
     costs: list[Cost] = []
     break_even: BreakEven | None = None
     warnings: list[str] = []

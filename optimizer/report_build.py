@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer import __version__
 from optimizer.artifact import installed_versions
+from optimizer.attribution import Loss
 from optimizer.backends.linear import layer_kernel, linear_layers, stored_scheme, stored_weight
 from optimizer.backends.paged_runner import PagedRunner
 from optimizer.evals.arithmetic import cost_per_million_tokens
@@ -52,6 +53,7 @@ from optimizer.report import (
     Skipped,
     SpeedCell,
 )
+from optimizer.report_attribution import AttemptEntry, Attribution, FindingEntry, LossEntry, MissedFloor
 from optimizer.serving import latencies, len_of
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ def build_report(outcome: Outcome) -> Report:
         serving=_serving(outcome),
         ledger=_ledger(outcome),
         floors=[_floor(item) for item in verdict.floors],
+        attribution=_attribution(outcome),
         costs=[Cost(phase=name, seconds=seconds) for name, seconds in outcome.costs.items()],
         break_even=break_even(speed, outcome.costs, outcome.recipe.price_per_hour),
         warnings=_warnings(outcome),
@@ -133,11 +136,15 @@ def peak_rss_bytes() -> int:
 def _summary(outcome: Outcome, missed: list[str]) -> str:
     speed, size = outcome.speed, outcome.weight_bytes / outcome.baseline_weight_bytes
     gain = f"decode at {speed.decode.median:.2f}× the speed, weights {size:.2f}× the size"
+    found = _attribution(outcome)
     if missed:
+        why = "" if found is None else f" {found.conclusion[0].upper()}{found.conclusion[1:]}."
         return (
             f"Not released: {len(missed)} of {len(outcome.verdict.floors)} floors missed ({', '.join(missed)}); {gain}."
+            + why
         )
-    return f"All {len(outcome.verdict.floors)} floors held: {gain}."
+    why = "" if found is None else f" It {found.conclusion}."
+    return f"All {len(outcome.verdict.floors)} floors held: {gain}.{why}"
 
 
 def _model(outcome: Outcome) -> ModelEntry:
@@ -346,6 +353,49 @@ def serving_entry(found: ServingReport, shape: RequestSpec) -> Serving:
 
 def _finite(interval: Interval | None) -> float | None:
     return interval.value if interval is not None and math.isfinite(interval.value) else None
+
+
+def _attribution(outcome: Outcome) -> Attribution | None:
+    found = outcome.diagnosis
+    if found is None:
+        return None
+    return Attribution(
+        metric=found.floor.metric,
+        rule=_rule(found.floor),
+        refused=[MissedFloor(metric=v.floor.metric, reason=v.reason) for v in found.verdict.floors if not v.passed],
+        documents=found.documents,
+        whole=_loss(found.whole),
+        findings=[
+            FindingEntry(
+                kind=f.kind, names=list(f.names), without=_loss(f.without), alone=_loss(f.alone), guilty=f.guilty
+            )
+            for f in found.findings
+        ],
+        attempts=[
+            AttemptEntry(
+                reverted=[revert.what for revert in attempt.reverts],
+                confidence=attempt.confidence,
+                passed=attempt.passed,
+                decode_speedup=attempt.speedup,
+                missed=[v.reason for v in attempt.verdict.floors if not v.passed]
+                if attempt.verdict
+                else [attempt.error],
+            )
+            for attempt in found.attempts
+        ],
+        reverted=[revert.what for revert in found.chosen],
+        proposed=[revert.what for revert in found.proposed],
+        notes=list(found.notes),
+        candidates=found.candidates,
+        seconds=found.seconds,
+        complete=found.complete,
+    )
+
+
+def _loss(found: Loss | None) -> LossEntry | None:
+    if found is None:
+        return None
+    return LossEntry(value=found.value, low=found.low, high=found.high, holds=found.holds, error=found.error)
 
 
 def _floor(item: FloorVerdict) -> FloorEntry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,17 @@ SIBLINGS = (
 )
 """Names of layers under one parent that take the same input. A wrong guess costs time, not correctness: a merged
 slice that is given another input computes its own rows."""
+
+
+def sibling_units(names: Sequence[str]) -> dict[str, list[str]]:
+    """Layers that are served as one product and so share a format, under the name of the first; others alone."""
+    known = set(names)
+    units: dict[str, list[str]] = {}
+    for name in names:
+        parent, dot, last = name.rpartition(".")
+        group = next((g for g in SIBLINGS if last in g and all(f"{parent}{dot}{m}" in known for m in g)), (last,))
+        units.setdefault(f"{parent}{dot}{group[0]}", []).append(name)
+    return units
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from optimizer.passes.base import Context, LayerChange, PassReport, stopwatch, v
 from optimizer.passes.blocks import block_names, calibration_dtype, first_inputs, in_float32
 from optimizer.passes.calibration import Calibration
 from optimizer.passes.linearize import linearize
-from optimizer.passes.merge_linears import SIBLINGS
+from optimizer.passes.merge_linears import sibling_units
 from optimizer.passes.quantize import Quantize, quantization_report
 from optimizer.passes.quantize_block import observe, quantize_layers
 from optimizer.quant.rtn import Clip
@@ -110,7 +110,7 @@ class Mixed:
             held = rows[:: max(2, round(1 / self.held_out))]
             fit = Calibration(tuple(r for r in rows if not any(r is h for h in held)), ctx.calibration.source)
             candidates = self._candidates(model, list(chosen), fit, ctx)
-            units = _units(list(chosen))
+            units = sibling_units(list(chosen))
             options = {unit: _options(model, members, candidates, ctx) for unit, members in units.items()}
             mix, ratio = self._search(model, options, units, candidates, Calibration(held), ctx)
             changes = _apply(model, mix, units, candidates)
@@ -181,15 +181,6 @@ Candidates = dict[str, dict[str, tuple[QuantizedLinear, LayerChange]]]
 
 Units = Mapping[str, Sequence[str]]
 """Layers that must share a format, under the name of the first."""
-
-
-def _units(names: list[str]) -> dict[str, list[str]]:
-    units: dict[str, list[str]] = {}
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        group = next((g for g in SIBLINGS if last in g and all(f"{parent}.{m}" in names for m in g)), (last,))
-        units.setdefault(f"{parent}.{group[0]}", []).append(name)
-    return units
 
 
 def _options(model: Any, members: Sequence[str], candidates: Candidates, ctx: Context) -> list[LayerOption]:

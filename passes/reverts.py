@@ -26,9 +26,7 @@ class Setting:
 
 
 SETTINGS: dict[str, tuple[Setting, ...]] = {
-    "quantize": (
-        Setting("activations", {"activations": "none", "smooth": False, "alpha": None}, "inputs in 16 bits"),
-    ),
+    "quantize": (Setting("activations", {"activations": "none", "smooth": False, "alpha": None}, "inputs in 16 bits"),),
     "decode": (
         Setting("int8_inputs", {"int8_inputs": False}, "inputs in 16 bits"),
         Setting("kv", {"kv": None}, "keys and values in the model's type"),
