@@ -36,6 +36,9 @@ ATTEMPTS = 3
 SLACK = 1.1
 """After one has passed, only candidates of at most so many times its weights are tried: others are no faster."""
 
+FAILURES = (OptimizerError, RuntimeError, MemoryError)
+"""What running a candidate may raise: its own refusals, and the device's (torch raises RuntimeError)."""
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -138,20 +141,21 @@ class _Repair:
                     self._attribute_quality()
                 self._note_candidates(faster)
             best = self._attempt_all(faster)
-        except (OptimizerError, RuntimeError, MemoryError) as error:  # the verdict stands, whatever the search met
+        except OutOfBudget:
             self.diagnosis.complete = False
-            self.diagnosis.notes.append(f"the search ended early: {type(error).__name__}: {error}")
+        except FAILURES as error:  # the verdict stands, whatever the search met
+            self._note(f"the search ended early: {type(error).__name__}: {error}")
         self.diagnosis.candidates, self.diagnosis.seconds = self.budget.candidates, self.budget.spent
         self.diagnosis.findings += [self.layer_finding] if self.layer_finding else []
         if not self.diagnosis.complete:
-            self.diagnosis.notes.append(
-                f"the search ran out of its {self.recipe.repair_minutes:g} minutes before it was sure: give "
-                "repair_minutes more for a certain answer"
-            ) if not any("ended early" in note for note in self.diagnosis.notes) else None
+            self._note(
+                f"not everything was tried within repair_minutes {self.recipe.repair_minutes:g}, so another suspect may "
+                "be to blame as well: give more"
+            )
         return replace(best, diagnosis=self.diagnosis)
 
     def _confidence(self, attempt: int) -> float:
-        return 1 - (1 - self.recipe.evaluation.confidence) / 2**attempt
+        return 1 - (1 - self.recipe.evaluation.confidence) * 0.5**attempt
 
     def _attribute_quality(self) -> None:
         """Which passes, pairs and settings carry the loss of quality, and which reverts are expected to mend it."""
@@ -308,7 +312,7 @@ class _Repair:
                 self.refused.source, self.recipe.updated(changed), calibration=self.calibration, progress=self.progress,
                 baseline=self.refused.baseline,
             )  # fmt: skip
-        except OptimizerError as error:
+        except FAILURES as error:
             self.diagnosis.attempts.append(Attempt(reverts, confidence, None, None, str(error)))
             return None
         speedup = outcome.speed.decode.median
@@ -337,5 +341,5 @@ def _words(reverts: Reverts) -> str:
 def _merit(outcome: Outcome) -> float:
     """How fast a candidate is: by the recipe's first floor on speed, or by decoding."""
     floor = next((f for f in _floors(outcome.recipe) if f.metric in TIMES), Floor("decode.speedup", at_least=0.0))
-    value: float = outcome.evidence[floor.metric].value
+    value = outcome.evidence[floor.metric].value
     return value if floor.at_least is not None else -value
