@@ -149,8 +149,8 @@ class _Repair:
         self.diagnosis.findings += [self.layer_finding] if self.layer_finding else []
         if not self.diagnosis.complete:
             self._note(
-                f"not everything was tried within repair_minutes {self.recipe.repair_minutes:g}, so another suspect may "
-                "be to blame as well: give more"
+                f"not everything was tried within repair_minutes {self.recipe.repair_minutes:g}, so another suspect "
+                "may be to blame as well: give more"
             )
         return replace(best, diagnosis=self.diagnosis)
 

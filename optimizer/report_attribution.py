@@ -57,7 +57,7 @@ class FindingEntry(_Entry):
             times = "" if self.without is None else RATIO.format(self.without.value)
             return f"{self.title} costs time: without it the job is {times} as fast"
         if self.kind == "layers":
-            return f"leaving {self.title} as they are is enough: {without}"
+            return f"leaving {self.title} unquantized is enough: {without}"
         alone = "" if self.alone is None else f": alone {self.alone.measured}"
         if self.kind == "pair":
             return f"{self.title} carry the loss together, each alone is harmless{alone}"

@@ -133,7 +133,8 @@ def without_layers(passes: Sequence[Mapping[str, Any]], place: int, layers: Sequ
     """Keep these layers away from the pass at `place`: they stay as they are."""
     shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     title = titles(passes)[place]
-    return Revert(place, title, f"{title} leaves {shown} as they are", ignore=tuple(layers))
+    so = "it is" if len(layers) == 1 else "they are"
+    return Revert(place, title, f"{title} leaves {shown} as {so}", ignore=tuple(layers))
 
 
 def reverted(passes: Sequence[Mapping[str, Any]], reverts: Iterable[Revert]) -> list[dict[str, Any]]:
