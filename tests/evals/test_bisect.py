@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from optimizer.evals.bisect import OutOfBudget, Removal, minimal_removal
+from optimizer.evals.bisect import Budget, OutOfBudget, Removal, minimal_removal
 
 SUSPECTS = tuple(range(100))
 
@@ -149,3 +149,23 @@ def test_the_worked_example() -> None:
 
     assert minimal_removal("abcd", holds).removed == ("d", "b")
     assert asked == ["abcd", "a", "abc", "d", "ad", "abd", "bd"]
+
+
+def test_a_budget_refuses_what_would_end_too_late() -> None:
+    now = [0.0]
+    budget = Budget(10, clock=lambda: now[0])
+    for seconds in (3, 4):
+        with budget.candidate():
+            now[0] += seconds
+    with pytest.raises(OutOfBudget):  # 7 are spent, and one took 4
+        budget.candidate().__enter__()
+    assert (budget.candidates, budget.spent, budget.longest) == (2, 7, 4)
+
+
+def test_a_candidate_that_failed_has_spent_its_time() -> None:
+    now = [0.0]
+    budget = Budget(10, clock=lambda: now[0])
+    with pytest.raises(RuntimeError), budget.candidate():
+        now[0] = 6
+        raise RuntimeError
+    assert (budget.candidates, budget.longest) == (1, 6)
