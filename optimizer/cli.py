@@ -108,7 +108,7 @@ def _echo_attribution(report: Any) -> None:
     if found is None:
         return
     for floor in found.refused if found.reverted else ():
-        typer.echo(f"refused as given: {floor.metric}: {floor.reason}")
+        typer.echo(f"refused as given: {floor.reason}")
     for cause in found.causes:
         typer.echo(f"because: {cause}")
     for attempt in found.attempts:

@@ -116,7 +116,7 @@ class QualityProbe:
     @property
     def described(self) -> str:
         """The documents in words."""
-        counts = ", ".join(f"{len(chosen)} of {task}" for task, chosen in self.documents.items())
+        counts = ", ".join(f"{len(chosen)} documents of {task}" for task, chosen in self.documents.items())
         return f"{counts}, {'none of which the gate judges' if self.fresh else 'which the gate judges too'}"
 
     def _hidden(self, floor: Floor) -> bool:

@@ -127,6 +127,7 @@ class _Repair:
         self.probe: QualityProbe | None = None
         self.mends: list[Reverts] = []
         self.layer_finding: Finding | None = None
+        self.expected: list[str] = []  # notes on the candidates as they were last judged
 
     def run(self) -> Outcome:
         """The best candidate that passed, or the refused job, with the diagnosis."""
@@ -147,6 +148,7 @@ class _Repair:
             self._note(f"the search ended early: {type(error).__name__}: {error}")
         self.diagnosis.candidates, self.diagnosis.seconds = self.budget.candidates, self.budget.spent
         self.diagnosis.findings += [self.layer_finding] if self.layer_finding else []
+        self.diagnosis.notes += self.expected
         if not self.diagnosis.complete:
             self._note(
                 f"not everything was tried within repair_minutes {self.recipe.repair_minutes:g}, so another suspect "
@@ -187,6 +189,7 @@ class _Repair:
         if probe is None:
             return []
         found: dict[Reverts, None] = {}
+        self.expected, self.layer_finding = [], None
         for mend in self.mends:
             try:
                 for reverts in self._softer(mend):
@@ -201,7 +204,7 @@ class _Repair:
         for reverts, size in sizes.items():
             missed = [v for v in judge(floors, size).floors if not v.passed] if floors else []
             if missed:
-                self._note(f"{_words(reverts)}: quality is expected to hold, but {missed[0].reason}")
+                self.expected.append(f"{_words(reverts)}: quality is expected to hold, but {missed[0].reason}")
             else:
                 small.append(_Candidate(reverts, size["weights.bytes"].value))
         return sorted(small, key=lambda c: (c.weight_bytes, len(c.reverts)))
@@ -220,9 +223,10 @@ class _Repair:
                 layers = tuple(name for unit in finding.names for name in units[unit])
                 self.layer_finding = replace(finding, names=layers, guilty=removal.minimal)
                 if not removal.minimal and removal.complete:
-                    self._note(
-                        f"the loss is spread over the layers: with the {len(removal.removed)} of {len(units)} that are "
-                        "worst by the error of their outputs left as they are, quality is expected to hold"
+                    self.expected.append(
+                        f"the loss is spread over layers: with the {len(removal.removed)} of {len(units)} whose outputs "
+                        "have the largest errors left as they are, quality is expected to hold (layers that are "
+                        "served merged count as one)"
                     )
                 yield others | {probe.keeping(dropped.place, units, frozenset(removal.removed))}
             for step in gentler(self.passes, dropped.place):

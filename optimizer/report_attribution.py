@@ -28,7 +28,7 @@ class LossEntry(_Entry):
     @property
     def measured(self) -> str:
         """The value with its interval, or why there is none."""
-        return self.error or interval(Unit(((1.0, ""),), digits=4), self.value, self.low, self.high)
+        return self.error or interval(Unit(((1.0, ""),), digits=5), self.value, self.low, self.high)
 
 
 class FindingEntry(_Entry):

@@ -165,7 +165,12 @@ def test_a_budget_refuses_what_would_end_too_late() -> None:
 def test_a_candidate_that_failed_has_spent_its_time() -> None:
     now = [0.0]
     budget = Budget(10, clock=lambda: now[0])
-    with pytest.raises(RuntimeError), budget.candidate():
-        now[0] = 6
-        raise RuntimeError
+
+    def fails() -> None:
+        with budget.candidate():
+            now[0] = 6
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
     assert (budget.candidates, budget.longest) == (1, 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 from transformers.utils import logging
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from optimizer import probe_speed, repair
+from optimizer import attribution, probe, probe_speed, repair
 from optimizer.api import Result, load, optimize
 from optimizer.artifact import verify_artifact
 from optimizer.backends.linear import linear_layers, stored_weight
@@ -398,6 +400,20 @@ def test_the_command_says_why_what_was_gated_again_and_where_the_artifact_is(fol
     assert "gated again" not in refused.stdout
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert f"refused as given: {PERPLEXITY}" in result.stdout
+    assert f"refused as given: {PERPLEXITY} <= 1.1 is missed" in result.stdout
     assert f"gated again with quantize leaves {PLANTED} as it is: passed" in result.stdout
     assert (tmp_path / "out/artifact/manifest.json").is_file()
+
+
+def test_the_page_on_attribution_is_true() -> None:
+    page = (Path(__file__).parents[2] / "docs/attribution.md").read_text(encoding="utf-8")
+    fields = Recipe.model_fields
+    for key in ("repair", "repair_minutes"):
+        assert f"`{key}: {str(fields[key].default).lower().removesuffix('.0')}`" in page
+    assert (repair.ATTEMPTS, "at most three are run in full" in page) == (3, True)
+    assert (attribution.MOST_LAYERS, "More than four are" in page) == (4, True)
+    assert (probe.FACTOR, "less than a third of the loss" in page, "by three at most" in page) == (3, True, True)
+    options = {option for parameter in get_command(app).commands["run"].params for option in parameter.opts}
+    options |= {option for parameter in get_command(app).commands["run"].params for option in parameter.secondary_opts}
+    assert set(re.findall(r"(?<!-)--[a-z][a-z-]+", page)) <= options
+    assert ", ".join(f"{100 * (1 - 0.05 * 0.5**k):.4g} %" for k in (1, 2, 3)) in page
