@@ -225,8 +225,8 @@ class _Repair:
                 if not removal.minimal and removal.complete:
                     self.expected.append(
                         f"the loss is spread over layers: with the {len(removal.removed)} of {len(units)} whose outputs "
-                        "have the largest errors left as they are, quality is expected to hold (layers that are "
-                        "served merged count as one)"
+                        "have the largest errors left as they are, quality is expected to hold (those that are served "
+                        "merged count as one)"
                     )
                 yield others | {probe.keeping(dropped.place, units, frozenset(removal.removed))}
             for step in gentler(self.passes, dropped.place):
@@ -306,10 +306,13 @@ class _Repair:
         """Run and gate one candidate with every floor; a refusal teaches the probe what the gate sees."""
         confidence = self._confidence(number)
         reverts = tuple(sorted(candidate.reverts, key=_order))
+        evaluation = self.recipe.evaluation.model_dump() | {"confidence": confidence}
+        if "alpha" in evaluation:  # the level of floors that have one of their own
+            evaluation["alpha"] *= 0.5**number
         changed = {
             "name": f"{self.recipe.name}-repaired",
             "passes": reverted(self.passes, reverts),
-            "evaluation": self.recipe.evaluation.model_dump() | {"confidence": confidence},
+            "evaluation": evaluation,
         }
         try:
             outcome = run(
