@@ -210,13 +210,16 @@ class _Repair:
         return sorted(small, key=lambda c: (c.weight_bytes, len(c.reverts)))
 
     def _softer(self, mend: Reverts) -> Iterator[Reverts]:
-        """Instead of dropping a pass that works on layers: leave the fewest layers, or take a gentler setting."""
+        """Instead of dropping a pass that works on layers: a gentler setting, and the fewest layers left out."""
         probe = self.probe
         assert probe is not None
         for dropped in [r for r in mend if r.drop and self.passes[r.place]["name"] in LAYERED]:
             others = mend - {dropped}
+            for step in gentler(self.passes, dropped.place):  # few, so first
+                if probe.measure(others | {step}).holds:
+                    yield others | {step}
+                    break
             units = probe.layers(dropped.place, others)
-
             removal, finding = attribute_layers(list(units), partial(self._leaving, dropped.place, units, others))
             self.diagnosis.complete &= removal.complete
             if removal.holds and len(removal.removed) < len(units):
@@ -224,15 +227,11 @@ class _Repair:
                 self.layer_finding = replace(finding, names=layers, guilty=removal.minimal)
                 if not removal.minimal and removal.complete:
                     self.expected.append(
-                        f"the loss is spread over layers: with the {len(removal.removed)} of {len(units)} whose outputs "
-                        "have the largest errors left as they are, quality is expected to hold (those that are served "
+                        f"the loss is spread over layers: with the {len(removal.removed)} of {len(units)} whose outputs"
+                        " have the largest errors left as they are, quality is expected to hold (those that are served "
                         "merged count as one)"
                     )
                 yield others | {probe.keeping(dropped.place, units, frozenset(removal.removed))}
-            for step in gentler(self.passes, dropped.place):
-                if probe.measure(others | {step}).holds:
-                    yield others | {step}
-                    break
 
     def _leaving(self, place: int, units: Mapping[str, Sequence[str]], others: Reverts, left: frozenset[str]) -> Loss:
         """The loss with these units of layers left as they are by the pass at `place`."""
