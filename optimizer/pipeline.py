@@ -49,7 +49,7 @@ from optimizer.serving import serve, serving_evidence
 from optimizer.source import Source
 
 if TYPE_CHECKING:
-    from optimizer.repair import Diagnosis
+    from optimizer.refusal import Refusal
 
 WINDOW = 512
 """Tokens of context that an evaluation window holds at most."""
@@ -129,7 +129,7 @@ class Outcome:
     divergence: Divergence | None = None
     served: tuple[ServingReport, RequestSpec] | None = None
     baseline: Baseline | None = None
-    diagnosis: Diagnosis | None = None
+    refusal: Refusal | None = None
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from optimizer.attribution import Attribution, Finding, Loss, attribute, attribute_layers
 from optimizer.backends.runner import BaseRunner
 from optimizer.errors import OptimizerError
 from optimizer.evals.bisect import Budget, OutOfBudget
-from optimizer.evals.gate import Floor, Verdict, judge
+from optimizer.evals.gate import Floor, judge
 from optimizer.passes.calibration import Calibration
 from optimizer.passes.reverts import LAYERED, Revert, gentler, reverted, suspects, time_suspects
 from optimizer.pipeline import Baseline, Outcome, run
@@ -29,6 +29,7 @@ from optimizer.probe import QualityProbe, Reverts, quality_floors
 from optimizer.probe_speed import TIMES, SpeedProbe
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
+from optimizer.refusal import Attempt, Refusal
 from optimizer.source import Source
 
 ATTEMPTS = 3
@@ -38,45 +39,6 @@ SLACK = 1.1
 
 FAILURES = (OptimizerError, RuntimeError, MemoryError)
 """What running a candidate may raise: its own refusals, and the device's (torch raises RuntimeError)."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A candidate that was gated again: what it takes back, and what the gate said; `error` if it could not be run."""
-
-    reverts: tuple[Revert, ...]
-    confidence: float
-    verdict: Verdict | None
-    speedup: float | None
-    error: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether every floor held."""
-        return self.verdict is not None and self.verdict.passed
-
-
-@dataclass
-class Diagnosis:
-    """Why the gate refused a job, and what was done about it.
-
-    `floor` is the first of the floors that were missed and searched, `all` the refused job's loss as the search saw it,
-    `chosen` what the released candidate takes back (empty if none was released), `proposed` a revert that is expected
-    to hold and was not gated.
-    """
-
-    floor: Floor
-    verdict: Verdict
-    documents: str = ""
-    whole: Loss | None = None
-    findings: list[Finding] = field(default_factory=list)
-    attempts: list[Attempt] = field(default_factory=list)
-    chosen: tuple[Revert, ...] = ()
-    proposed: tuple[Revert, ...] = ()
-    notes: list[str] = field(default_factory=list)
-    candidates: int = 0
-    seconds: float = 0.0
-    complete: bool = True
 
 
 def run_and_repair(
@@ -130,10 +92,10 @@ class _Repair:
         self.expected: list[str] = []  # notes on the candidates as they were last judged
 
     def run(self) -> Outcome:
-        """The best candidate that passed, or the refused job, with the diagnosis."""
+        """The best candidate that passed, or the refused job, with the refusal."""
         if not (self.quality or self.slow):
             return self.refused  # a size cannot be mended by taking a pass back
-        self.diagnosis = Diagnosis((self.quality or self.slow)[0], self.refused.verdict)
+        self.refusal = Refusal((self.quality or self.slow)[0], self.refused.verdict)
         best = self.refused
         try:
             with self.progress.phase("attribution"):
@@ -143,18 +105,18 @@ class _Repair:
                 self._note_candidates(faster)
             best = self._attempt_all(faster)
         except OutOfBudget:
-            self.diagnosis.complete = False
+            self.refusal.complete = False
         except FAILURES as error:  # the verdict stands, whatever the search met
             self._note(f"the search ended early: {type(error).__name__}: {error}")
-        self.diagnosis.candidates, self.diagnosis.seconds = self.budget.candidates, self.budget.spent
-        self.diagnosis.findings += [self.layer_finding] if self.layer_finding else []
-        self.diagnosis.notes += self.expected
-        if not self.diagnosis.complete:
+        self.refusal.candidates, self.refusal.seconds = self.budget.candidates, self.budget.spent
+        self.refusal.findings += [self.layer_finding] if self.layer_finding else []
+        self.refusal.notes += self.expected
+        if not self.refusal.complete:
             self._note(
                 f"not everything was tried within repair_minutes {self.recipe.repair_minutes:g}, so another suspect "
                 "may be to blame as well: give more"
             )
-        return replace(best, diagnosis=self.diagnosis)
+        return replace(best, refusal=self.refusal)
 
     def _confidence(self, attempt: int) -> float:
         return 1 - (1 - self.recipe.evaluation.confidence) * 0.5**attempt
@@ -166,16 +128,16 @@ class _Repair:
         idle = {i for i, (step, report) in enumerate(self.refused.passes) if not report.matched}
         idle |= {i for i, spec in enumerate(self.passes) if spec["name"] == "fuse" and not probe.compile}
         self.by_name = {r.name: r for r in suspects(self.passes) if r.place not in idle}
-        self.diagnosis.documents = probe.described
-        self.diagnosis.whole = probe.measure(frozenset())
+        self.refusal.documents = probe.described
+        self.refusal.whole = probe.measure(frozenset())
         found = attribute(list(self.by_name), lambda names: probe.measure(self._reverts(names)))
         self._take(found)
         self.mends = [self._reverts(names) for names in found.repairs]
 
     def _take(self, found: Attribution) -> None:
-        self.diagnosis.findings += found.findings
-        self.diagnosis.notes += found.notes
-        self.diagnosis.complete &= found.complete
+        self.refusal.findings += found.findings
+        self.refusal.notes += found.notes
+        self.refusal.complete &= found.complete
 
     def _reverts(self, names: frozenset[str]) -> Reverts:
         return frozenset(self.by_name[name] for name in names)
@@ -195,7 +157,7 @@ class _Repair:
                 for reverts in self._softer(mend):
                     found.setdefault(reverts)
             except OutOfBudget:
-                self.diagnosis.complete = False
+                self.refusal.complete = False
             if probe.measure(mend).holds:
                 found.setdefault(mend)
         sizes = {reverts: probe.sizes(reverts) for reverts in found}
@@ -221,7 +183,7 @@ class _Repair:
                     break
             units = probe.layers(dropped.place, others)
             removal, finding = attribute_layers(list(units), partial(self._leaving, dropped.place, units, others))
-            self.diagnosis.complete &= removal.complete
+            self.refusal.complete &= removal.complete
             if removal.holds and len(removal.removed) < len(units):
                 layers = tuple(name for unit in finding.names for name in units[unit])
                 self.layer_finding = replace(finding, names=layers, guilty=removal.minimal)
@@ -251,18 +213,18 @@ class _Repair:
                     self._note(f"{revert.what}: could not be timed: {error}")
                     continue
                 loss = Loss(speedup.median, speedup.low, speedup.high, math.log(speedup.low))
-                self.diagnosis.findings.append(Finding("time", (revert.name,), loss, None, loss.miss > 0))
+                self.refusal.findings.append(Finding("time", (revert.name,), loss, None, loss.miss > 0))
                 if loss.miss > 0:
                     found[revert] = speedup.median
         except OutOfBudget:
-            self.diagnosis.complete = False
-        if not found and self.diagnosis.complete:
+            self.refusal.complete = False
+        if not found and self.refusal.complete:
             self._note(f"no pass costs time: without each, {self.slow[0].metric} is no better beyond noise")
         return sorted(found, key=lambda revert: -found[revert])
 
     def _note_candidates(self, faster: Sequence[Revert]) -> None:
         options = self._options(faster)
-        self.diagnosis.proposed = tuple(sorted(options[0].reverts, key=_order)) if options else ()
+        self.refusal.proposed = tuple(sorted(options[0].reverts, key=_order)) if options else ()
 
     def _options(self, faster: Sequence[Revert]) -> list[_Candidate]:
         """The candidates in the order in which they are worth gating; those of quality are made faster as well."""
@@ -298,7 +260,7 @@ class _Repair:
         if not passed:
             return self.refused
         best, candidate = max(passed, key=lambda pair: _merit(pair[0]))
-        self.diagnosis.chosen, self.diagnosis.proposed = tuple(sorted(candidate.reverts, key=_order)), ()
+        self.refusal.chosen, self.refusal.proposed = tuple(sorted(candidate.reverts, key=_order)), ()
         return best
 
     def _attempt(self, candidate: _Candidate, number: int) -> Outcome | None:
@@ -319,17 +281,17 @@ class _Repair:
                 baseline=self.refused.baseline,
             )  # fmt: skip
         except FAILURES as error:
-            self.diagnosis.attempts.append(Attempt(reverts, confidence, None, None, str(error)))
+            self.refusal.attempts.append(Attempt(reverts, confidence, None, None, str(error)))
             return None
         speedup = outcome.speed.decode.median
-        self.diagnosis.attempts.append(Attempt(reverts, confidence, outcome.verdict, speedup))
+        self.refusal.attempts.append(Attempt(reverts, confidence, outcome.verdict, speedup))
         if self.probe is not None and candidate.reverts in self.probe.found and quality_floors(outcome, missed=True):
             self.probe.calibrate(candidate.reverts, outcome.evidence)
         return outcome
 
     def _note(self, text: str) -> None:
-        if text not in self.diagnosis.notes:
-            self.diagnosis.notes.append(text)
+        if text not in self.refusal.notes:
+            self.refusal.notes.append(text)
 
 
 def _floors(recipe: Recipe) -> list[Floor]:

@@ -356,7 +356,7 @@ def _finite(interval: Interval | None) -> float | None:
 
 
 def _attribution(outcome: Outcome) -> Attribution | None:
-    found = outcome.diagnosis
+    found = outcome.refusal
     if found is None:
         return None
     return Attribution(

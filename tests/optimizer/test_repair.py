@@ -215,8 +215,8 @@ def test_a_repaired_candidate_is_judged_at_a_stricter_confidence_that_its_recipe
     outcome = repaired[0].outcome
     assert outcome.recipe.evaluation.confidence == 0.975
     assert all(item.confidence == 0.975 for item in outcome.comparisons)
-    assert outcome.diagnosis is not None
-    assert outcome.diagnosis.attempts[0].confidence == 0.975
+    assert outcome.refusal is not None
+    assert outcome.refusal.attempts[0].confidence == 0.975
 
 
 def test_the_artifact_is_of_the_repaired_recipe_loads_and_computes_the_same(
@@ -229,7 +229,7 @@ def test_the_artifact_is_of_the_repaired_recipe_loads_and_computes_the_same(
     assert written.name == "small-repaired"
     again = optimize(folder, written)  # a rerun of what it says gives the same model, at the first gate
     assert again.passed
-    assert again.outcome.diagnosis is None
+    assert again.outcome.refusal is None
     expected = stored(result.model)
     logits = prefill(result.model)
     for runner in (load(out), again.model):
