@@ -29,9 +29,9 @@ class Attempt:
 class Refusal:
     """Why the gate refused a job, and what was done about it.
 
-    `floor` is the first of the floors that were missed and searched, `whole` the refused job's loss as the search saw it,
-    `chosen` what the released candidate takes back (empty if none was released), `proposed` a revert that is expected
-    to hold and was not gated.
+    `floor` is the first of the floors that were missed and searched, `whole` the refused job's loss as the search saw
+    it, `chosen` what the released candidate takes back (empty if none was released), `proposed` a revert that is
+    expected to hold and was not gated.
     """
 
     floor: Floor
