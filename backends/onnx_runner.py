@@ -40,7 +40,7 @@ class OnnxRunner(BaseRunner):
     ) -> None:  # fmt: skip
         from transformers import AutoConfig
 
-        runtime = _runtime(device)
+        self._runtime = _runtime(device)
         settings = _settings(folder)
         check_external_data(folder, files)
         self.tokenizer = tokenizer
@@ -58,8 +58,9 @@ class OnnxRunner(BaseRunner):
         self._context = 0
         self._layers = int(text.num_hidden_layers)
         self._place = "cpu" if device == "cpu" else "cuda"
-        self._session = _session(runtime, folder / MODEL_FILE, device, threads)
-        self._runtime = runtime
+        self._session = open_session(
+            folder / MODEL_FILE, device=device, threads=threads, int8_inputs=bool(settings.get("int8_inputs"))
+        )
         self._shape = [int(n) if isinstance(n, int) else 0 for n in self._session.get_inputs()[3].shape]
 
     @property
@@ -162,8 +163,20 @@ def check_external_data(folder: Path, files: Collection[str] | None = None) -> N
             raise ArtifactError(f"{file}: the data of {tensor.name!r:.80} is in {location!r:.200}, which {wrong}")
 
 
-def _session(runtime: Any, file: Path, device: str, threads: int | None) -> Any:
+def session_options(int8_inputs: bool) -> dict[str, str]:
+    """Settings under which the runtime computes what the graph says.
+
+    ONNX Runtime joins DequantizeLinear and MatMul into one kernel, which rounds the inputs to int8 unless told not to.
+    """
+    return {"session.qdq_matmulnbits_accuracy_level": "4" if int8_inputs else "1"}
+
+
+def open_session(file: Path, *, device: str = "cpu", threads: int | None = None, int8_inputs: bool = False) -> Any:
+    """A session of ONNX Runtime; DeviceError without it or its provider, ArtifactError for a graph that it refuses."""
+    runtime = _runtime(device)
     options = runtime.SessionOptions()
+    for key, value in session_options(int8_inputs).items():
+        options.add_session_config_entry(key, value)
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     try:

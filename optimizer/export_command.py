@@ -24,7 +24,7 @@ from optimizer.artifact import (
     write_artifact,
 )
 from optimizer.backends.onnx_export import MODEL_FILE, Exported, export, float_copy
-from optimizer.backends.onnx_runner import SETTINGS_FILE, OnnxRunner
+from optimizer.backends.onnx_runner import SETTINGS_FILE, OnnxRunner, session_options
 from optimizer.backends.runner import EagerRunner
 from optimizer.errors import ArtifactError, PassError, UsageError
 
@@ -85,7 +85,7 @@ def export_model(
             "opset": exported.opset, "dtype": exported.dtype, "dialect": "onnxruntime", "int8_inputs": int8_inputs,
             "kernels": exported.kernels, "step_weight_bytes": exported.step_weight_bytes,
         })  # fmt: skip
-        _write_configuration(loaded, tokenizer, folder)
+        _write_configuration(loaded, tokenizer, folder, int8_inputs)
         bound = INT8_BOUND if int8_inputs else BOUND[dtype]
         difference = rehearse(float_copy(loaded, torch.float32), OnnxRunner(folder))
         if not difference <= bound:
@@ -167,17 +167,18 @@ def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any, SourceRecord]:
     return load_checkpoint(folder, torch.device("cpu")), tokenizer, record
 
 
-def _write_configuration(model: Any, tokenizer: Any, folder: Path) -> None:
+def _write_configuration(model: Any, tokenizer: Any, folder: Path, int8_inputs: bool) -> None:
     document = json.loads(model.config.to_json_string(use_diff=False))
     for name in ("quantization_config", "_name_or_path", "roofline_optimizer"):
         document.pop(name, None)
     _write(folder / "config.json", document)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    _write(folder / "genai_config.json", genai_config(model.config, getattr(model, "generation_config", None)))
+    generation = getattr(model, "generation_config", None)
+    _write(folder / "genai_config.json", genai_config(model.config, generation, int8_inputs))
 
 
-def genai_config(config: Any, generation: Any = None) -> dict[str, Any]:
+def genai_config(config: Any, generation: Any = None, int8_inputs: bool = False) -> dict[str, Any]:
     """What onnxruntime-genai needs to know of the graph: names, sizes, and where a text ends."""
     text = config.get_text_config()
 
@@ -199,7 +200,11 @@ def genai_config(config: Any, generation: Any = None) -> dict[str, Any]:
             "context_length": context,
             "vocab_size": int(text.vocab_size),
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "provider_options": [],
+                    **session_options(int8_inputs),
+                },
                 "filename": MODEL_FILE,
                 "head_size": int(getattr(text, "head_dim", None) or text.hidden_size // heads),
                 "hidden_size": int(text.hidden_size),

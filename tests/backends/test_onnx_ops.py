@@ -1,0 +1,173 @@
+"""Quantized linears in ONNX: what the file holds, read bit by bit, and what ONNX Runtime computes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from optimizer.backends.linear import MergedLinear, MergedSlice, QuantizedLinear
+from optimizer.backends.onnx_export import OPSET
+from optimizer.backends.onnx_ops import kernels, translate
+from optimizer.backends.onnx_runner import open_session
+from optimizer.errors import UsageError
+from optimizer.quant.activations import quantize_activation, static_scale
+from optimizer.quant.formats import ACTIVATIONS, FLOATS, ActivationFormat, Format
+from optimizer.quant.rtn import quantize_rtn
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+N, K = 96, 256
+FORMATS = {
+    "int4-g32": (Format(4, group_size=32), None),
+    "int4-g128": (Format(4, group_size=128), None),
+    "int4-g128-asym": (Format(4, group_size=128, symmetric=False), None),
+    "int4-g64-asym": (Format(4, group_size=64, symmetric=False), None),
+    "int4-channel": (Format(4), None),
+    "int8-channel": (Format(8), None),
+    "int8-channel-asym": (Format(8, symmetric=False), None),
+    "int8-g64": (Format(8, group_size=64), None),
+    "int8-g64-asym": (Format(8, group_size=64, symmetric=False), None),
+    "int8-tensor": (Format(8, granularity="tensor"), None),
+    "fp8": (FLOATS["fp8"], None),
+    "fp8-tensor": (FLOATS["fp8-tensor"], None),
+    "fp8-block": (FLOATS["fp8-block"], None),
+    "w8a8": (Format(8), ACTIVATIONS["int8"]),
+    "w8a8-static": (Format(8), ACTIVATIONS["int8-static"]),
+    "llm-int8": (Format(8), ACTIVATIONS["llm-int8"]),
+    "w4a8": (Format(4, group_size=128), ACTIVATIONS["int8"]),
+    "fp8-dynamic": (FLOATS["fp8"], ACTIVATIONS["fp8"]),
+    "fp8-static": (FLOATS["fp8-tensor"], ACTIVATIONS["fp8-static"]),
+    "fp8-groups": (FLOATS["fp8-block"], ACTIVATIONS["fp8-group"]),
+}
+
+
+def layer(format: Format, activation: ActivationFormat | None, seed: int, rows: int = N) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, K, generator=generator) / K**0.5
+    bias = torch.randn(rows, generator=generator) if seed % 2 else None
+    scale = None if activation is None or activation.dynamic else static_scale(4.0, activation)
+    return QuantizedLinear(quantize_rtn(weight, format, torch.float32), bias, activation, scale)
+
+
+class Bank(nn.Module):
+    """Every format on the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer(*pair, seed) for seed, pair in enumerate(FORMATS.values()))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [module(x) for module in self.layers]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bank, Any, dict[str, np.ndarray], Tensor]:
+    """The bank as it was, the session of its graph, the file's tensors, and an input with outliers."""
+    file = tmp_path_factory.mktemp("onnx") / "bank.onnx"
+    own, bank = Bank(), Bank()
+    translate(own, torch.float32)
+    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(1))
+    x[..., 7] *= 9
+    dynamic = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    import warnings
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            own, (x,), dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False, optimize=False,
+            output_names=list(FORMATS),
+        )  # fmt: skip
+        program.save(file)
+    onnx.checker.check_model(str(file))
+    graph = onnx.load(str(file))
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}
+    return bank, open_session(file), tensors, x
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_onnx_runtime_computes_the_quantized_product(name: str, exported: Any) -> None:
+    """Float32 sums of 256 terms in another order: at most 256 units in the last place of their largest partial sum."""
+    bank, session, _, x = exported
+    for rows in (x, x[:1, :1]):
+        found = session.run([name], {"x": rows.numpy()})[0]
+        module = bank.layers[list(FORMATS).index(name)]
+        given = rows if module.activation is None else quantize_activation(rows, module.activation, module.input_scale)
+        weight = module.stored_weight().dequantize().double()
+        expected = given.double() @ weight.T + (0 if module.bias is None else module.bias.double())
+        terms = given.double().abs() @ weight.abs().T
+        assert (np.abs(found - expected.numpy()) <= K * 2**-24 * terms.numpy() + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", [name for name, (format, _) in FORMATS.items() if format.bits == 4])
+def test_nibbles_and_zero_points_decode_to_the_weight(name: str, exported: Any) -> None:
+    """An independent decoder of MatMulNBits, in plain integers: byte i of a block holds weights 2i (low) and 2i + 1."""
+    bank, _, tensors, _ = exported
+    index = list(FORMATS).index(name)
+    data, scales = tensors[f"layers.{index}.data"], tensors[f"layers.{index}.scales"]
+    zeros = tensors.get(f"layers.{index}.zeros")
+    rows, blocks, width = data.shape
+    size = 2 * width
+    expected = bank.layers[index].stored_weight().dequantize().numpy()
+    for row in (0, 1, rows - 1):
+        for block in range(blocks):
+            zero = 8 if zeros is None else (int(zeros[row, block // 2]) >> (4 * (block % 2))) & 15
+            for i in range(size):
+                code = (int(data[row, block, i // 2]) >> (4 * (i % 2))) & 15
+                value = np.float32(code - zero) * scales[row, block]
+                assert value == expected[row, block * size + i]
+
+
+@pytest.mark.parametrize("name", [name for name, (format, _) in FORMATS.items() if format.bits == 8])
+def test_eight_bit_elements_are_those_of_the_quantizer(name: str, exported: Any) -> None:
+    bank, _, tensors, _ = exported
+    index = list(FORMATS).index(name)
+    stored = bank.layers[index].stored_weight()
+    data = tensors[f"layers.{index}.data"]
+    assert data.shape == (K, N)
+    bits = data.view(np.uint8)
+    assert (bits == stored.q.view(torch.uint8).numpy().T).all()
+
+
+def test_merged_layers_become_what_they_were_merged_from() -> None:
+    parts = [layer(Format(4, group_size=32), None, seed, rows) for seed, rows in ((1, 64), (3, 32))]
+    from optimizer.passes.merge_linears import _stack
+
+    group = MergedLinear(_stack(parts), [part.out_features for part in parts])
+    model = nn.ModuleDict({"q": MergedSlice(group, 0), "k": MergedSlice(group, 1)})
+    translate(model, torch.float32)
+    assert kernels(model) == {"q": "MatMulNBits", "k": "MatMulNBits"}
+    assert torch.equal(model["k"].scales, parts[1].stored_weight().scale)
+
+
+@pytest.mark.parametrize(
+    ("format", "words"),
+    [(FLOATS["nvfp4"], "nvfp4 weights have no ONNX operator"), (FLOATS["mxfp4"], "mxfp4 weights have no ONNX")],
+)
+def test_formats_without_an_operator_are_named_with_their_layer(format: Format, words: str) -> None:
+    model = nn.Sequential(layer(format, None, 0))
+    with pytest.raises(UsageError, match=f"^0: {words}"):
+        translate(model, torch.float32)
+
+
+def test_rows_that_hold_no_block_are_named() -> None:
+    odd = QuantizedLinear(quantize_rtn(torch.randn(8, 40), Format(4), torch.float32))
+    with pytest.raises(UsageError, match="0: groups of 40 weights hold no whole block of 16"):
+        translate(nn.Sequential(odd), torch.float32)
+
+
+def test_an_unknown_dialect_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown ONNX dialect 'cuda'"):
+        translate(nn.Sequential(), torch.float32, dialect="cuda")
+
+
+def test_the_caller_may_ask_for_int8_inputs(tmp_path: Path) -> None:
+    model = nn.Sequential(layer(Format(4, group_size=32), None, 0))
+    translate(model, torch.float32, int8_inputs=True)
+    assert model[0].accuracy_level == 4
