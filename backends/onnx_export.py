@@ -60,7 +60,7 @@ def export(
     """Write `model.onnx`, and `model.onnx.data` with its tensors, into `folder`; `model` is left as it was.
 
     Activations, cache and unquantized weights are in `dtype`. `int8_inputs` lets the runtime round the inputs of
-    4-bit layers to int8.
+    quantized layers to int8.
 
     Raises:
         UsageError: onnx or onnxscript is missing, or a layer's format has no operator in the dialect.
@@ -252,17 +252,22 @@ def _converted(program: Any, inputs: list[str], layers: int) -> Any:
 
 def _untranslated(program: Any, error: BaseException) -> str:
     """Which operator of which module and source line has no translation."""
-    text, cause = "", error
-    while cause is not None:
-        text += f"{cause}\n"
-        cause = cause.__cause__  # type: ignore[assignment]
-    for node in program.graph.nodes:
-        if node.op == "call_function" and str(node.target) in text:
-            module = next(reversed(list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())))[0]
-            lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
-            place = lines[-1] if lines else "no source line"
-            return f"{node.target} of {module or 'the model'} ({place}) has no ONNX translation. Export another model."
-    return f"the graph has no ONNX form: {_first_line(error)}"
+    text = "\n".join(str(cause) for cause in _causes(error))
+    for graph in (program.graph, program.run_decompositions().graph):  # an operator is taken apart before translation
+        for node in graph.nodes:
+            if node.op == "call_function" and repr(node.target) in text:
+                stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
+                lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+                place = lines[-1] if lines else "no source line"
+                module = stack[-1][0] or "the model"
+                return f"{node.target} of {module} ({place}) has no ONNX translation. Export another model."
+    return f"the graph has no ONNX form: {_first_line(list(_causes(error))[-1])}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _place(error: BaseException) -> str:

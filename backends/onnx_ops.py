@@ -15,6 +15,7 @@ https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +64,10 @@ class OnnxLinear(nn.Module):
 
 
 class MatMulNBits(OnnxLinear):
-    """A 4-bit integer weight. `int8_inputs` lets ONNX Runtime round inputs to int8 by blocks, which is faster."""
+    """A 4-bit integer weight. With `int8_inputs` ONNX Runtime rounds inputs to int8 by blocks, which is faster."""
 
+    data: Tensor
+    scales: Tensor
     zeros: Tensor | None
 
     def __init__(
@@ -95,7 +98,7 @@ class MatMulNBits(OnnxLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """The contributed operator as it is."""
-        attributes = {"K": self.in_features, "N": self.out_features, "bits": 4, "block_size": self.block,
+        attributes: dict[str, Any] = {"K": self.in_features, "N": self.out_features, "bits": 4, "block_size": self.block,
                       "accuracy_level": self.accuracy_level}  # fmt: skip
         inputs = [x, self.data, self.scales, *([] if self.zeros is None else [self.zeros])]
         return torch.onnx.ops.symbolic(
@@ -111,6 +114,8 @@ class MatMulNBits(OnnxLinear):
 class DequantizedMatMul(OnnxLinear):
     """An 8-bit weight, integer or e4m3, whose scales are its rows', its groups', its blocks' or the tensor's."""
 
+    data: Tensor
+    scales: Tensor
     zeros: Tensor | None
 
     def __init__(
@@ -132,7 +137,7 @@ class DequantizedMatMul(OnnxLinear):
             scale = scale.reshape(1, 1).expand(n, 1)
         zero = None if weight.zero is None else weight.zero.to(torch.int8).expand_as(scale)
         groups = scale.shape[1]
-        self.attributes = {"axis": 1} if groups == 1 else {"axis": 0, "block_size": k // groups}
+        self.attributes: dict[str, Any] = {"axis": 1} if groups == 1 else {"axis": 0, "block_size": k // groups}
         self.register_buffer("data", weight.q.t().contiguous())
         self.register_buffer("scales", _along_rows(scale.to(dtype)))
         self.register_buffer("zeros", None if zero is None else _along_rows(zero))
@@ -172,6 +177,7 @@ def translate(model: nn.Module, dtype: torch.dtype, *, dialect: str = "onnxrunti
         raise UsageError(f"unknown ONNX dialect {dialect!r}. Use one of {', '.join(DIALECTS)}.")
     for name, module in list(linear_layers(model).items()):
         weight, bias = stored_weight(module), module.bias
+        replacement: nn.Module
         if isinstance(weight, QuantizedWeight):
             replacement = _quantized(name, module, weight, dtype, table, int8_inputs)
         elif type(module) is nn.Linear:

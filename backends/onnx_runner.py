@@ -27,7 +27,9 @@ PROVIDERS = {"cpu": ("CPUExecutionProvider", "onnxruntime"), "cuda": ("CUDAExecu
 
 
 class OnnxRunner(BaseRunner):
-    """The model of an exported `folder` on `device`, "cpu" or "cuda". `files` are those that the folder may hold.
+    """The model of an exported `folder` on `device`: "cpu", "cuda", or "auto" for the best that the runtime has.
+
+    `files` are those that the folder may hold; its own links and paths are checked in any case.
 
     Raises:
         DeviceError: ONNX Runtime, or its provider for the device, is not installed; the message says what to install.
@@ -35,12 +37,12 @@ class OnnxRunner(BaseRunner):
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Any = None, *, files: Collection[str] | None = None, device: str = "cpu",
+        self, folder: Path, tokenizer: Any = None, *, files: Collection[str] | None = None, device: str = "auto",
         max_context: int | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         from transformers import AutoConfig
 
-        self._runtime = _runtime(device)
+        self._runtime, device = _runtime(device)
         settings = _settings(folder)
         check_external_data(folder, files)
         self.tokenizer = tokenizer
@@ -100,18 +102,23 @@ class OnnxRunner(BaseRunner):
         return torch.from_numpy(logits.numpy()).float()
 
 
-def _runtime(device: str) -> Any:
-    """The onnxruntime module, with a provider for `device`."""
-    if device not in PROVIDERS:
+def _runtime(device: str) -> tuple[Any, str]:
+    """The onnxruntime module, and the device, for which it has a provider."""
+    if device not in (*PROVIDERS, "auto"):
         raise DeviceError(f"ONNX graphs run on {' or '.join(PROVIDERS)} here, not on {device!r}.")
-    provider, package = PROVIDERS[device]
+    package = PROVIDERS["cpu" if device == "auto" else device][1]
     try:
         import onnxruntime
     except ImportError as error:
         raise DeviceError(f"running ONNX graphs needs ONNX Runtime: pip install {package}") from error
-    if provider not in onnxruntime.get_available_providers():
-        raise DeviceError(f"this ONNX Runtime has no {provider}: pip uninstall onnxruntime; pip install {package}")
-    return onnxruntime
+    present = onnxruntime.get_available_providers()
+    if device == "auto":
+        device = "cuda" if PROVIDERS["cuda"][0] in present else "cpu"
+    if PROVIDERS[device][0] not in present:
+        raise DeviceError(
+            f"this ONNX Runtime has no {PROVIDERS[device][0]}: pip uninstall onnxruntime; pip install {package}"
+        )
+    return onnxruntime, device
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -171,9 +178,9 @@ def session_options(int8_inputs: bool) -> dict[str, str]:
     return {"session.qdq_matmulnbits_accuracy_level": "4" if int8_inputs else "1"}
 
 
-def open_session(file: Path, *, device: str = "cpu", threads: int | None = None, int8_inputs: bool = False) -> Any:
+def open_session(file: Path, *, device: str = "auto", threads: int | None = None, int8_inputs: bool = False) -> Any:
     """A session of ONNX Runtime; DeviceError without it or its provider, ArtifactError for a graph that it refuses."""
-    runtime = _runtime(device)
+    runtime, device = _runtime(device)
     options = runtime.SessionOptions()
     for key, value in session_options(int8_inputs).items():
         options.add_session_config_entry(key, value)

@@ -212,7 +212,7 @@ def load(folder: str | Path, *, device: str | None = None, verify: bool = True) 
     """
     folder = Path(folder)
     if is_export(folder):
-        return load_export(folder, device=device or "cpu", verify=verify)
+        return load_export(folder, device=device or "auto", verify=verify)
     passes: list[Pass] = [MergeLinears(required=False), Decode()]
     batch = 1
     if (folder / MANIFEST).is_file() or not _is_quantized(folder):

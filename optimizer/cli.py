@@ -649,7 +649,7 @@ def export(
     to: Annotated[str, typer.Option(help="onnx, for ONNX Runtime and onnxruntime-genai.")] = "onnx",
     dtype: Annotated[str, typer.Option(help="Of activations and cache: float32 or float16.")] = "float32",
     int8_inputs: Annotated[
-        bool, typer.Option(help="Let the runtime round inputs of 4-bit layers to int8: faster, less exact.")
+        bool, typer.Option(help="Let the runtime round the inputs of quantized layers to int8: faster, less exact.")
     ] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
