@@ -12,6 +12,7 @@ and values of grouped heads, in standard operators; quantized linears are those 
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -251,16 +252,19 @@ def _converted(program: Any, inputs: list[str], layers: int) -> Any:
 
 
 def _untranslated(program: Any, error: BaseException) -> str:
-    """Which operator of which module and source line has no translation."""
+    """Which operator of which module and source line has no translation.
+
+    Operators are taken apart before they are translated, so the one that failed may be a part of what the model called.
+    """
     text = "\n".join(str(cause) for cause in _causes(error))
-    for graph in (program.graph, program.run_decompositions().graph):  # an operator is taken apart before translation
-        for node in graph.nodes:
-            if node.op == "call_function" and repr(node.target) in text:
-                stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
-                lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
-                place = lines[-1] if lines else "no source line"
-                module = stack[-1][0] or "the model"
-                return f"{node.target} of {module} ({place}) has no ONNX translation. Export another model."
+    parts = set(re.findall(r"op='\w+\.(\w+)'", text))
+    for node in program.graph.nodes:
+        if node.op == "call_function" and any(part in str(node.target) for part in parts):
+            stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
+            lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+            place = lines[-1] if lines else "no source line"
+            module = stack[-1][0] or "the model"
+            return f"{node.target} of {module} ({place}) has no ONNX translation. Export another model."
     return f"the graph has no ONNX form: {_first_line(list(_causes(error))[-1])}"
 
 

@@ -98,8 +98,13 @@ class MatMulNBits(OnnxLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """The contributed operator as it is."""
-        attributes: dict[str, Any] = {"K": self.in_features, "N": self.out_features, "bits": 4, "block_size": self.block,
-                      "accuracy_level": self.accuracy_level}  # fmt: skip
+        attributes: dict[str, Any] = {
+            "K": self.in_features,
+            "N": self.out_features,
+            "bits": 4,
+            "block_size": self.block,
+            "accuracy_level": self.accuracy_level,
+        }
         inputs = [x, self.data, self.scales, *([] if self.zeros is None else [self.zeros])]
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
