@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from optimizer import export_command
 from optimizer.api import load
 from optimizer.artifact import ManifestInfo, SourceRecord, read_manifest, write_artifact
 from optimizer.backends import onnx_runner
-from optimizer.backends.onnx_export import MODEL_FILE, float_copy, past_names
+from optimizer.backends.onnx_export import MODEL_FILE, OPSET, float_copy, past_names
 from optimizer.backends.onnx_runner import OnnxRunner, check_external_data
 from optimizer.backends.runner import EagerRunner
 from optimizer.checkpoint import save_checkpoint
@@ -339,3 +341,15 @@ def test_eval_and_bench_take_an_export(folders: Any) -> None:
     )
     assert ran.exit_code == 0, ran.output
     assert json.loads(ran.stdout)["runners"][str(folders[1])]["tokens_per_second"] > 0
+
+
+def test_the_page_on_export_says_what_the_code_does() -> None:
+    page = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
+    allowed = [float(value) for value in re.findall(r"^\|.*\| ([\d.]+) \|$", page, re.MULTILINE)]
+    bounds = export_command.BOUND
+    assert allowed == [bounds["float32"], bounds["float16"], export_command.ROUNDED_BOUND, export_command.INT8_BOUND]
+    for line in re.findall(r"^optimizer (.*)$", page, re.MULTILINE):
+        name, *rest = line.split("#")[0].split()
+        options = {option for parameter in get_command(app).commands[name].params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("--")} <= options
+    assert f"Opset {OPSET}." in page
