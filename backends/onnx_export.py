@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.backends.linear import weight_bytes
-from optimizer.backends.onnx_ops import kernels, translate
+from optimizer.backends.onnx_ops import kernels, pack_int4, translate
 from optimizer.errors import ModelError, UsageError
 
 OPSET = 21
@@ -77,6 +77,8 @@ def export(
     program = _traced(step, dtype)
     with _quiet():
         onnx_program = _converted(program, ["input_ids", "attention_mask", "position_ids", *names], step.layers)
+        if dialect == "tensorrt":
+            pack_int4(onnx_program.model.graph)
         onnx_program.save(folder / MODEL_FILE, external_data=True)
     _checked(folder / MODEL_FILE)
     return Exported(OPSET, str(dtype).removeprefix("torch."), kernels(own), weight_bytes(own) - _looked_up_bytes(own))

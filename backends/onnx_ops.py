@@ -5,6 +5,9 @@
     int8, fp8   DequantizeLinear of a weight `[K, N]`, scales `[N]`, or `[K/g, N]` for groups along K, then MatMul
     inputs      rounded by the same arithmetic as in PyTorch (`quant.activations`), exported operator by operator
 
+TensorRT has neither MatMulNBits nor zero points: there int4 is a DequantizeLinear of INT4 elements `[K, N]` with scales
+`[K/g, N]`, and what it cannot say is refused with the remedy before anything is traced.
+
 A module here stands for one layer while the model is exported: its buffers are what the file will hold, exactly the
 elements and float32 scales that the quantizer made.
 
@@ -155,6 +158,55 @@ class DequantizedMatMul(OnnxLinear):
         return x @ weight
 
 
+class TensorRTMatMul(DequantizedMatMul):
+    """A symmetric weight as TensorRT takes it: int4 in groups along K, int8 and e4m3 by row or by tensor.
+
+    The elements of an int4 weight travel as int8, in a buffer named `int4`; `pack_int4` narrows them in the graph.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        activation: ActivationFormat | None,
+        input_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        if weight.zero is not None:
+            raise UsageError("TensorRT knows symmetric weights only: quantize with `symmetric: true`")
+        if weight.format.bits == 8 and weight.format.granularity in ("group", "block"):
+            raise UsageError("TensorRT takes 8-bit weights by row or by tensor: quantize with `group_size: -1`")
+        super().__init__(weight, bias, activation, input_scale, dtype)
+        if weight.format.bits == 4:
+            groups = weight.scale.shape[1]
+            self.attributes = {"axis": 0, "block_size": self.in_features // groups}
+            self.int4 = self.data
+            self.scales = weight.scale.to(dtype).t().contiguous()
+            del self.data
+
+    def product(self, x: Tensor) -> Tensor:
+        """The weight is decoded by the engine, in the kernel that multiplies it."""
+        data = self.int4 if hasattr(self, "int4") else self.data
+        shape = (self.in_features, self.out_features)
+        weight = torch.onnx.ops.symbolic(
+            "DequantizeLinear", [data, self.scales], self.attributes, dtype=x.dtype, shape=shape
+        )
+        return x @ weight
+
+
+def pack_int4(graph: Any) -> int:
+    """Give every constant of an ONNX IR graph whose name ends in `.int4` that type, two elements a byte; how many."""
+    import ml_dtypes
+    import onnx_ir as ir
+
+    found = [value for name, value in graph.initializers.items() if name.endswith(".int4")]
+    for value in found:
+        elements = value.const_value.numpy().astype(ml_dtypes.int4)
+        value.const_value = ir.Tensor(elements, name=value.name)
+        value.type = ir.TensorType(ir.DataType.INT4)
+    return len(found)
+
+
 def _along_rows(scale: Tensor) -> Tensor:
     """Scales `[N, G]` as `[N]`, or `[G, N]` where there are groups."""
     return scale[:, 0].contiguous() if scale.shape[1] == 1 else scale.t().contiguous()
@@ -167,7 +219,14 @@ ONNXRUNTIME: dict[tuple[int, str], Callable[..., OnnxLinear]] = {
 }
 """What stands for a weight of so many bits and such elements in ONNX Runtime's dialect."""
 
-DIALECTS = {"onnxruntime": ONNXRUNTIME}
+TENSORRT: dict[tuple[int, str], Callable[..., OnnxLinear]] = {
+    (4, "int"): TensorRTMatMul,
+    (8, "int"): TensorRTMatMul,
+    (8, "float"): TensorRTMatMul,
+}
+"""The same for TensorRT."""
+
+DIALECTS = {"onnxruntime": ONNXRUNTIME, "tensorrt": TENSORRT}
 """The tables by the name of what runs the graph."""
 
 

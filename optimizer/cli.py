@@ -646,11 +646,21 @@ def power(
 def export(
     model: Annotated[str, typer.Argument(help="A local folder, a hub id, an artifact, or `reference`.")],
     out: Annotated[Path, typer.Option(help="Folder for the exported model.")],
-    to: Annotated[str, typer.Option(help="onnx, for ONNX Runtime and onnxruntime-genai.")] = "onnx",
-    dtype: Annotated[str, typer.Option(help="Of activations and cache: float32 or float16.")] = "float32",
+    to: Annotated[
+        str, typer.Option(help="onnx (ONNX Runtime, onnxruntime-genai), tensorrt (engines) or aot (PyTorch package).")
+    ] = "onnx",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations and cache: float32 (onnx) or float16 (tensorrt) unless given.")
+    ] = None,
     int8_inputs: Annotated[
-        bool, typer.Option(help="Let the runtime round the inputs of quantized layers to int8: faster, less exact.")
+        bool, typer.Option(help="onnx: let the runtime round the inputs of quantized layers to int8.")
     ] = False,
+    target: Annotated[list[str] | None, typer.Option(help="tensorrt: a GPU to build for, as sm89; repeatable.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="tensorrt, aot: rows at most.")] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, help="tensorrt: tokens of a prompt at most.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="tensorrt, aot: tokens of a row at most.")] = None,
+    weight_streaming: Annotated[bool, typer.Option(help="tensorrt: weights may stay in host memory.")] = False,
+    version_compatible: Annotated[bool, typer.Option(help="tensorrt: later versions may run the engine.")] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -659,17 +669,19 @@ def export(
     from optimizer.display import progress_for
 
     with _errors_to_exit(as_json):
-        from optimizer.export_command import data, describe, export_model
+        from optimizer.export_targets import export_to
 
+        options = {
+            "dtype": dtype, "int8_inputs": int8_inputs, "target": target, "batch": batch, "prompt": prompt,
+            "context": context, "weight_streaming": weight_streaming, "version_compatible": version_compatible,
+        }  # fmt: skip
         progress = progress_for(quiet)
         with progress, progress.phase("export"):
-            result = export_model(
-                model, out, to=to, dtype=dtype, int8_inputs=int8_inputs, trust_remote_code=trust_remote_code
-            )
+            found, text = export_to(model, out, to, options, trust_remote_code=trust_remote_code, progress=progress)
         if as_json:
-            _echo_json(data(result))
+            _echo_json(found)
         else:
-            typer.echo(describe(result))
+            typer.echo(text)
 
 
 @app.command()

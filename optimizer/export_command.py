@@ -23,13 +23,14 @@ from optimizer.artifact import (
     verify_artifact,
     write_artifact,
 )
+from optimizer.backends.aot_package import load_package
 from optimizer.backends.onnx_export import MODEL_FILE, Exported, export, float_copy
 from optimizer.backends.onnx_runner import SETTINGS_FILE, OnnxRunner, session_options
-from optimizer.backends.runner import EagerRunner
-from optimizer.errors import ArtifactError, PassError, UsageError
+from optimizer.backends.runner import BaseRunner, EagerRunner
+from optimizer.errors import ArtifactError, DeviceError, PassError, UsageError
 
-TARGETS = ("onnx",)
 DTYPES = ("float32", "float16")
+ENGINES, PACKAGE = "engines", "package"
 BOUND = {"float32": 1e-4, "float16": 2e-2}
 """The largest difference of a logit from PyTorch's in float32, over the largest logit, that is released.
 
@@ -57,7 +58,6 @@ def export_model(
     model: str,
     out: str | Path,
     *,
-    to: str = "onnx",
     dtype: str = "float32",
     int8_inputs: bool = False,
     trust_remote_code: bool = False,
@@ -65,29 +65,29 @@ def export_model(
     """Export a folder, hub id, "reference" or artifact into the new folder `out`. An old one stays until it is done.
 
     Raises:
-        UsageError: an unknown target or type; a format without an operator; a missing package.
+        UsageError: an unknown type; a format without an operator; a missing package.
         ModelError: an architecture that cannot be exported.
         ArtifactError: an artifact that is not as it was written.
         OutputError: `out` cannot be written.
         PassError: the graph does not compute what the model does.
     """
-    if to not in TARGETS:
-        raise UsageError(f"--to is {to!r}; use one of {', '.join(TARGETS)}.")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
     check_output(out)
-    loaded, tokenizer, source = _load(model, trust_remote_code)
+    loaded, tokenizer, source = load_for_export(model, trust_remote_code)
     kind = getattr(torch, dtype)
     needed = sum(p.numel() * max(p.element_size(), kind.itemsize) for p in loaded.parameters())
     found: list[Any] = []
 
     def build(folder: Path) -> None:
         exported = export(loaded, folder, dtype=kind, int8_inputs=int8_inputs)
-        _write(folder / SETTINGS_FILE, {
+        write_document(folder / SETTINGS_FILE, {
             "opset": exported.opset, "dtype": exported.dtype, "dialect": "onnxruntime", "int8_inputs": int8_inputs,
             "kernels": exported.kernels, "step_weight_bytes": exported.step_weight_bytes,
         })  # fmt: skip
-        _write_configuration(loaded, tokenizer, folder, int8_inputs)
+        write_configuration(loaded, tokenizer, folder)
+        generation = getattr(loaded, "generation_config", None)
+        write_document(folder / "genai_config.json", genai_config(loaded.config, generation, int8_inputs))
         rounded = any(" × " in kernel for kernel in exported.kernels.values())
         bound = INT8_BOUND if int8_inputs else max(BOUND[dtype], ROUNDED_BOUND if rounded else 0.0)
         difference = rehearse(float_copy(loaded, torch.float32), OnnxRunner(folder))
@@ -105,12 +105,12 @@ def export_model(
     return ExportResult(Path(out), exported, sum(f.bytes for f in manifest.files.values()), difference, bound)
 
 
-def load_export(folder: Path, *, device: str = "auto", verify: bool = True) -> OnnxRunner:
+def load_export(folder: Path, *, device: str = "auto", verify: bool = True) -> BaseRunner:
     """The runner of an exported folder, after every file was checked against the manifest.
 
     Raises:
         ArtifactError: a file that is missing, changed, or outside of the folder.
-        DeviceError: ONNX Runtime or its provider is not installed.
+        DeviceError: ONNX Runtime or its provider is not installed, or the folder was made for another machine.
     """
     files = read_manifest(folder).files
     if verify and (wrong := verify_artifact(folder)):
@@ -121,21 +121,29 @@ def load_export(folder: Path, *, device: str = "auto", verify: bool = True) -> O
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if (folder / PACKAGE).is_dir():
+        return load_package(folder / PACKAGE, tokenizer)
+    if (folder / ENGINES).is_dir():
+        raise DeviceError(
+            f"{folder} holds TensorRT engines, which TensorRT's own runtime runs on the GPU they are for; this package "
+            "builds and checks them, and has no runner for them yet."
+        )
     return OnnxRunner(folder, tokenizer, files=files, device=device)
 
 
 def is_export(folder: Path) -> bool:
-    """Whether the folder holds a graph that `export_model` wrote."""
-    return (folder / MANIFEST).is_file() and (folder / MODEL_FILE).is_file()
+    """Whether the folder holds what one of the export targets wrote."""
+    return (folder / MANIFEST).is_file() and any((folder / name).exists() for name in (MODEL_FILE, ENGINES, PACKAGE))
 
 
-def rehearse(model: Any, runner: OnnxRunner) -> float:
-    """The largest difference of a logit over the largest logit, for two prompts, one padded, and four steps after."""
+def rehearse(model: Any, runner: BaseRunner, rows: int = 2) -> float:
+    """The largest difference of a logit over the largest logit, for up to two prompts, one padded, and four steps."""
     generator = torch.Generator().manual_seed(0)
     length = min(32, runner.max_context - 4)
     tokens = torch.randint(runner.vocab_size, (2, length), generator=generator)
     mask = torch.ones_like(tokens)
     mask[1, : length // 3] = 0
+    tokens, mask = tokens[:rows], mask[:rows]
     original = EagerRunner(model)
     pairs = [(original.prefill(tokens, mask), runner.prefill(tokens, mask))]
     for step in range(4):
@@ -143,7 +151,7 @@ def rehearse(model: Any, runner: OnnxRunner) -> float:
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
 
-def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any, SourceRecord]:
+def load_for_export(model: str, trust_remote_code: bool) -> tuple[Any, Any, SourceRecord]:
     """The model, its tokenizer and its record; an artifact is verified and keeps its packed weights."""
     from optimizer.source import load_source
 
@@ -170,15 +178,14 @@ def _load(model: str, trust_remote_code: bool) -> tuple[Any, Any, SourceRecord]:
     return load_checkpoint(folder, torch.device("cpu")), tokenizer, record
 
 
-def _write_configuration(model: Any, tokenizer: Any, folder: Path, int8_inputs: bool) -> None:
+def write_configuration(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The model's configuration without what quantization added, and its tokenizer."""
     document = json.loads(model.config.to_json_string(use_diff=False))
     for name in ("quantization_config", "_name_or_path", "roofline_optimizer"):
         document.pop(name, None)
-    _write(folder / "config.json", document)
+    write_document(folder / "config.json", document)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    generation = getattr(model, "generation_config", None)
-    _write(folder / "genai_config.json", genai_config(model.config, generation, int8_inputs))
 
 
 def genai_config(config: Any, generation: Any = None, int8_inputs: bool = False) -> dict[str, Any]:
@@ -233,7 +240,8 @@ def genai_config(config: Any, generation: Any = None, int8_inputs: bool = False)
     }
 
 
-def _write(file: Path, document: Any) -> None:
+def write_document(file: Path, document: Any) -> None:
+    """JSON with sorted keys, so that equal documents are equal bytes."""
     file.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

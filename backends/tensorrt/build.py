@@ -199,7 +199,7 @@ def _check(
     for profile in options.profiles:
         for name, dim in ((name, dim) for name, dims in inputs.items() for dim in dims):
             *_, most = profile.bounds(dim)
-            positions = not dim.isdecimal() and dim != "batch"
+            positions = not dim.isdecimal() and "batch" not in dim
             if positions and options.max_context is not None and most > options.max_context:
                 raise UsageError(
                     f"profile {profile.name!r}: {name} has {dim} up to {most}, and the model was made for "
