@@ -12,6 +12,14 @@ Position `p < length` is seen where `window` is 0, else where `p ≥ length - wi
 arXiv:2309.17453). A contiguous cache `[B, H_kv, C, D]` is the case `block_table = arange(B)[:, None]`, block_size = C.
 A row of length 0 is 0. One that is longer than its table, or sees a position whose block is not in the cache, is NaN.
 
+A row's last positions may lie elsewhere, in the type of q beside 8-bit blocks say: those from `starts[b]` on are read
+from a ring of C slots, position p from slot `p % C`.
+
+    recent_k, recent_v  [rings, H_kv, C, D]  the type of q; last dimension contiguous
+    rings, starts       [B] int32            the ring of each row (no matter where it sees none of it), and what is there
+
+More positions than C, or a ring that is not there, make the row NaN.
+
 At least `2 B H_kv L (D e + s)` bytes move for L visible positions: e bytes an element, s = 4 for a scale, 0 without.
 Split as `decode_attention` is: one program takes a KV head, all its query heads, and every `splits`-th tile of the
 positions that are seen; no other tile is read. int8 and e4m3 are exact in bfloat16 and float16, so elements meet q
@@ -28,6 +36,7 @@ from torch import Tensor
 
 from optimizer.backends.kernels.decode_attention import (
     LOG2_E,
+    MAX_SPLITS,
     STAGES,
     WARPS,
     combine,
@@ -43,10 +52,9 @@ from optimizer.backends.kernels.decode_attention import (
 )
 from optimizer.backends.kernels.gpu import Shipped, bound, jit, tl
 from optimizer.backends.kernels.library import define
-from optimizer.backends.kernels.rounding import FLOATS
-from optimizer.errors import DeviceError, UsageError
+from optimizer.backends.kernels.paged_operands import check, check_recent
+from optimizer.errors import DeviceError
 
-EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 _EVERYTHING = 2**31 - 1  # as a window
 
 
@@ -61,9 +69,14 @@ def paged_attention_ref(
     scale: float,
     window: int,
     sinks: int,
+    recent_k: Tensor | None = None,
+    recent_v: Tensor | None = None,
+    rings: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The specification, in float32: gather the blocks in use, decode them, attend."""
-    _check(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, window, sinks)
+    check(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, window, sinks)
+    check_recent(q, k_cache, recent_k, recent_v, rings, starts)
     blocks, _, size, _ = k_cache.shape
     if not q.numel() or not blocks * size or not block_table.shape[1]:
         return torch.where(lengths[:, None, None] > 0, torch.nan, torch.zeros_like(q))
@@ -79,8 +92,18 @@ def paged_attention_ref(
     # [B, used, H_kv, size, D] to [B, H_kv, used size, D]
     keys = _decoded(k_cache, k_scale, table).transpose(1, 2).flatten(2, 3)
     values = _decoded(v_cache, v_scale, table).transpose(1, 2).flatten(2, 3)
+    readable = inside.repeat_interleave(size, 1)
+    if recent_k is not None and recent_v is not None and rings is not None and starts is not None:
+        count, capacity = recent_k.shape[0], recent_k.shape[2]
+        recent = position >= starts[:, None]
+        there = ((rings >= 0) & (rings < count) & (length[:, 0] - starts <= capacity))[:, None]
+        readable = torch.where(recent, there, readable)
+        ring, slot = rings.long().where(there[:, 0], 0), position % capacity
+        chosen = recent[:, None, :, None]
+        keys = torch.where(chosen, recent_k[ring][:, :, slot].float(), keys)
+        values = torch.where(chosen, recent_v[ring][:, :, slot].float(), values)
     out = decode_attention_ref(q.unsqueeze(2).float(), keys, values, seen[:, None, None], scale).squeeze(2)
-    lost = (seen & ~inside.repeat_interleave(size, 1)).any(1) | (lengths > block_table.shape[1] * size)
+    lost = (seen & ~readable).any(1) | (lengths > block_table.shape[1] * size)
     return out.masked_fill(lost[:, None, None], torch.nan).to(q.dtype)
 
 
@@ -101,12 +124,14 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
     v_scale_ptr,
     table_ptr,
     length_ptr,
+    start_ptr,
     scale,
     window,
     sinks,
     blocks,
     block_size,
     capacity,
+    first_split,
     splits,
     entries,
     stride_qb,
@@ -133,15 +158,25 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
     QUANTIZED: tl.constexpr,
     WHOLE: tl.constexpr,
     SPLIT: tl.constexpr,
+    SIDE: tl.constexpr,
 ):
+    # SIDE: "all" positions, those "before" `starts`, or those "from" there on, where a table is the number of a ring.
     b = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
-    split = tl.program_id(1)
+    part = tl.program_id(1)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     q = load_group(q_ptr + b * stride_qb + head * GROUP * stride_qh, stride_qh, GROUP, HEAD, BLOCK_G, BLOCK_D, PRODUCT)
     filled = tl.load(length_ptr + b)
     length = tl.minimum(tl.maximum(filled, 0), capacity)
     low = length - window
+    fits = filled <= capacity
+    if SIDE != "all":
+        start = tl.load(start_ptr + b)
+        if SIDE == "before":
+            length = tl.minimum(length, tl.maximum(start, 0))
+        else:
+            low = tl.where(start < sinks, low, tl.maximum(low, start))
+            fits = fits & (filled - start <= block_size)
     # Tiles are those of the sinks, then from the window's start on: the former only as far as they do not overlap.
     first = tl.maximum(low, 0) // BLOCK_N
     sink_tiles = tl.minimum(tl.cdiv(sinks, BLOCK_N), first)
@@ -149,13 +184,17 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    for tile in range(bound(split), bound(tiles), bound(splits)):
-        start = tl.where(tile < sink_tiles, tile, tile - sink_tiles + first) * BLOCK_N
-        position = start + n
+    for tile in range(bound(part), bound(tiles), bound(tl.num_programs(1))):
+        tile_start = tl.where(tile < sink_tiles, tile, tile - sink_tiles + first) * BLOCK_N
+        position = tile_start + n
         seen = (position < length) & ((position < sinks) | (position >= low))
-        if WHOLE:  # a tile lies in one block
-            block = tl.load(table_ptr + b * stride_tb + start // block_size)
-            within = (start % block_size + n).to(tl.int64)
+        if SIDE == "from":
+            seen = seen & (position >= start)
+            block = tl.load(table_ptr + b)
+            within = (position % block_size).to(tl.int64)
+        elif WHOLE:  # a tile lies in one block
+            block = tl.load(table_ptr + b * stride_tb + tile_start // block_size)
+            within = (tile_start % block_size + n).to(tl.int64)
         else:
             block = tl.load(table_ptr + b * stride_tb + position // block_size, mask=seen, other=0)
             within = (position % block_size).to(tl.int64)
@@ -170,7 +209,7 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
         if QUANTIZED:
             k_scale = tl.load(k_scale_ptr + block * stride_ksb + head * stride_ksh + within, mask=read, other=0.0)
             scores *= k_scale[None, :]
-        scores = tl.where((inside & (filled <= capacity) & (n >= 0))[None, :], scores, float("nan"))
+        scores = tl.where((inside & fits & (n >= 0))[None, :], scores, float("nan"))
         weights, keep, top, total = weigh(scores, seen, top, total)
         if QUANTIZED:
             v_scale = tl.load(v_scale_ptr + block * stride_vsb + head * stride_vsh + within, mask=read, other=0.0)
@@ -178,8 +217,9 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
         acc = tl.dot(weights.to(WEIGHT), v.to(WEIGHT), acc * keep[:, None], input_precision="ieee")
     row = b * KV_HEADS * GROUP + head * GROUP
     finish(
-        out_ptr, part_ptr, stats_ptr, acc, top, total, row, split, splits, entries, GROUP, HEAD, BLOCK_G, BLOCK_D, SPLIT
-    )
+        out_ptr, part_ptr, stats_ptr, acc, top, total, row, first_split + part, splits, entries, GROUP, HEAD, BLOCK_G,
+        BLOCK_D, SPLIT,
+    )  # fmt: skip
 
 
 def _paged_attention_cuda(
@@ -193,39 +233,79 @@ def _paged_attention_cuda(
     scale: float,
     window: int,
     sinks: int,
+    recent_k: Tensor | None = None,
+    recent_v: Tensor | None = None,
+    rings: Tensor | None = None,
+    starts: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Launch the kernels; `splits` overrides how many parts the positions are divided into."""
-    _check(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, window, sinks)
+    """Launch the kernels; `splits` overrides how many parts the positions are divided into.
+
+    What lies in rings is attended by one more launch, whose parts are combined with the others.
+    """
+    check(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, window, sinks)
+    check_recent(q, k_cache, recent_k, recent_v, rings, starts)
     batch, heads, head = q.shape
     blocks, kv_heads, block_size, _ = k_cache.shape
     capacity = block_table.shape[1] * block_size
     if not q.numel() or not blocks * capacity:
         return torch.where(lengths[:, None, None] > 0, torch.nan, torch.zeros_like(q))
-    quantized = k_scale is not None
     _check_device(k_cache)
-    sizes = tile_constants(kv_heads, heads // kv_heads, head, q.element_size())
-    tile = sizes["BLOCK_N"]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k_cache, v_cache = inner_contiguous(q), inner_contiguous(k_cache), inner_contiguous(v_cache)
+    tile = tile_constants(kv_heads, heads // kv_heads, head, q.element_size())["BLOCK_N"]
     block_table = inner_contiguous(block_table)
     whole = block_size % tile == 0 or block_table.shape[1] == 1
     most = capacity if not window else min(capacity, window + tile + sinks + tile)
     splits = splits or split_count(batch * kv_heads, -(-most // tile), q.device)
-    part, stats = split_buffers(q, splits)
+    in_rings = 0
+    if recent_k is not None:
+        in_rings = min(split_count(batch * kv_heads, -(-recent_k.shape[2] // tile), q.device), MAX_SPLITS // 2)
+        splits = min(splits, MAX_SPLITS - in_rings)
+    part, stats = split_buffers(q, splits + in_rings)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    into, counts = (out, part, stats, inner_contiguous(q)), (capacity, splits + in_rings)
+    lengths, bounds = lengths.contiguous(), (scale * LOG2_E, window or _EVERYTHING, sinks)
+    if recent_k is None or recent_v is None or rings is None or starts is None:
+        blocked = (k_cache, v_cache, k_scale, v_scale, block_table)
+        _launch(into, blocked, lengths, None, bounds, *counts, 0, splits, "all", whole)
+    else:
+        starts, ring = starts.contiguous(), (recent_k, recent_v, None, None, rings.contiguous()[:, None])
+        blocked = (k_cache, v_cache, k_scale, v_scale, block_table)
+        _launch(into, blocked, lengths, starts, bounds, *counts, 0, splits, "before", whole)
+        _launch(into, ring, lengths, starts, bounds, *counts, splits, in_rings, "from", False)
+    combine(out, part, stats)
+    return out
+
+
+def _launch(
+    into: tuple[Tensor, Tensor, Tensor, Tensor],
+    cache: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor],
+    lengths: Tensor,
+    starts: Tensor | None,
+    bounds: tuple[float, int, int],
+    capacity: int,
+    splits: int,
+    first: int,
+    programs: int,
+    side: str,
+    whole: bool,
+) -> None:
+    """Parts `first` to `first + programs - 1` of `splits`, of the positions on one side of `starts`."""
+    *results, q = into
+    k_cache, v_cache, k_scale, v_scale, table = cache
+    batch, heads, head = q.shape
+    blocks, kv_heads, block_size, _ = k_cache.shape
+    k_cache, v_cache = inner_contiguous(k_cache), inner_contiguous(v_cache)
     scale_strides: tuple[int, ...] = (0, 0, 0, 0)
     if k_scale is not None and v_scale is not None:
         k_scale, v_scale = inner_contiguous(k_scale), inner_contiguous(v_scale)
         scale_strides = (*k_scale.stride()[:2], *v_scale.stride()[:2])
-    _paged_kernel[(batch * kv_heads, splits)](
-        out, part, stats, q, k_cache, v_cache, k_scale, v_scale, block_table, lengths.contiguous(),
-        scale * LOG2_E, window or _EVERYTHING, sinks, blocks, block_size, capacity, splits, batch * heads * splits,
-        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides, block_table.stride(0),
-        **sizes, **_products(product_type(q), quantized), WHOLE=whole, SPLIT=splits > 1,
-        num_warps=WARPS, num_stages=_stages(whole, tile),
+    sizes = tile_constants(kv_heads, heads // kv_heads, head, q.element_size())
+    _paged_kernel[(batch * kv_heads, programs)](
+        *results, q, k_cache, v_cache, k_scale, v_scale, table, lengths, starts, *bounds, blocks, block_size, capacity,
+        first, splits, batch * heads * splits, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        *scale_strides, table.stride(0), **sizes, **_products(product_type(q), k_scale is not None), WHOLE=whole,
+        SPLIT=splits > 1, SIDE=side, num_warps=WARPS, num_stages=_stages(whole, sizes["BLOCK_N"]),
     )  # fmt: skip
-    combine(out, part, stats)
-    return out
 
 
 def _products(product: Any, quantized: bool) -> dict[str, Any]:
@@ -248,81 +328,49 @@ def _check_device(cache: Tensor) -> None:
         )
 
 
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    block_table: Tensor,
-    lengths: Tensor,
-    window: int,
-    sinks: int,
-) -> None:
-    """`UsageError` for shapes and types that do not go together."""
-    shape = k_cache.shape
-    if q.ndim != 3 or len(shape) != 4 or v_cache.shape != shape or q.shape[2] != shape[3]:
-        raise UsageError(
-            "paged_attention takes q [B, H, D], k_cache and v_cache [blocks, H_kv, block_size, D]; got "
-            f"{list(q.shape)}, {list(shape)}, {list(v_cache.shape)}."
-        )
-    if not shape[1] or q.shape[1] % shape[1]:
-        raise UsageError(f"paged_attention needs H to be a multiple of H_kv; got {q.shape[1]} and {shape[1]}.")
-    if q.dtype not in FLOATS or k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q.dtype, *EIGHT_BITS):
-        raise UsageError(
-            f"paged_attention takes a cache of the type of q, int8 or float8_e4m3fn; got {q.dtype}, {k_cache.dtype} "
-            f"and {v_cache.dtype}."
-        )
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if (scale is not None) != (k_cache.dtype in EIGHT_BITS):
-            raise UsageError(f"{name} goes with an 8-bit cache and no other; the cache is {k_cache.dtype}.")
-        if scale is not None and (scale.shape != shape[:3] or scale.dtype != torch.float32):
-            raise UsageError(f"{name} must be float32 {list(shape[:3])}; got {scale.dtype} {list(scale.shape)}.")
-    if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or block_table.dtype != torch.int32:
-        raise UsageError(
-            f"block_table must be int32 [{q.shape[0]}, max_blocks]; got {block_table.dtype} {list(block_table.shape)}."
-        )
-    if lengths.shape != q.shape[:1] or lengths.dtype != torch.int32:
-        raise UsageError(f"lengths must be int32 [{q.shape[0]}]; got {lengths.dtype} {list(lengths.shape)}.")
-    if window < 0 or sinks < 0:
-        raise UsageError(f"window and sinks must be 0 or more; got {window} and {sinks}.")
-
-
 def _fake(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 paged_attention = define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
-    "Tensor lengths, float scale, int window, int sinks) -> Tensor",
+    "Tensor lengths, float scale, int window, int sinks, Tensor? recent_k=None, Tensor? recent_v=None, "
+    "Tensor? rings=None, Tensor? starts=None) -> Tensor",
     paged_attention_ref,
     _fake,
     cuda=_paged_attention_cuda,
 )
 
 
-def _shipped(head: int, cache: str, whole: bool) -> Shipped:
+def _shipped(head: int, cache: str, whole: bool, side: str = "all") -> Shipped:
     """One build, with the heads of an 8 B Llama: 8 KV heads with 4 query heads each."""
     pointers = {"out_ptr": "*bf16", "part_ptr": "*fp32", "stats_ptr": "*fp32", "q_ptr": "*bf16"}
-    integers = ("window", "sinks", "blocks", "block_size", "capacity", "splits", "entries")
+    integers = ("window", "sinks", "blocks", "block_size", "capacity", "first_split", "splits", "entries")
     caches = {"k_ptr": cache, "v_ptr": cache}
     tables = {"table_ptr": "*i32", "length_ptr": "*i32", "scale": "fp32"}
     strides = ["qb", "qh", "kb", "kh", "ks", "vb", "vh", "vs", "tb"]
     quantized = cache != "*bf16"
-    scales: dict[str, Any] = dict.fromkeys(("k_scale_ptr", "v_scale_ptr"))
+    absent: dict[str, Any] = {}
     if quantized:
-        tables |= dict.fromkeys(scales, "*fp32")
-        scales = {}
+        tables |= {"k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"}
         strides += ["ksb", "ksh", "vsb", "vsh"]
     else:
-        scales |= dict.fromkeys(("stride_ksb", "stride_ksh", "stride_vsb", "stride_vsh"), 0)
+        absent = dict.fromkeys(("k_scale_ptr", "v_scale_ptr"))
+        absent |= dict.fromkeys(("stride_ksb", "stride_ksh", "stride_vsb", "stride_vsh"), 0)
+    if side == "all":
+        absent["start_ptr"] = None
+    else:
+        tables["start_ptr"] = "*i32"
     signature = pointers | caches | tables | dict.fromkeys((*integers, *(f"stride_{x}" for x in strides)), "i32")
-    constants = tile_constants(8, 4, head, 2) | _products(tl.bfloat16, quantized) | scales
+    constants = tile_constants(8, 4, head, 2) | _products(tl.bfloat16, quantized) | absent
+    where = {"all": "", "before": ", before a ring", "from": " ring"}[side]
+    label = f"{cache[1:]}{where if side == 'from' else ''}, D = {head}"
+    if side != "from":
+        label += f", {'one block a tile' if whole else 'small blocks'}{where}"
     return Shipped(
-        _paged_kernel, f"{cache[1:]}, D = {head}, {'one block a tile' if whole else 'small blocks'}", signature,
-        constants | {"WHOLE": whole, "SPLIT": True}, WARPS, _stages(whole, constants["BLOCK_N"]),
-        unaligned=(*integers, "stride_tb"), expects=("load128", "mma", "no-atomics"),
-        targets=(90, 100) if cache == "*fp8e4nv" else (80, 90, 100),
+        _paged_kernel, label, signature, constants | {"WHOLE": whole, "SPLIT": True, "SIDE": side}, WARPS,
+        _stages(whole, constants["BLOCK_N"]), unaligned=(*integers, "stride_tb"),
+        expects=("load128", "mma", "no-atomics"), targets=(90, 100) if cache == "*fp8e4nv" else (80, 90, 100),
     )  # fmt: skip
 
 
@@ -337,4 +385,8 @@ SHIPPED = () if tl is None else (
     _shipped(128, "*i8", False),
     _shipped(64, "*fp8e4nv", True),
     _shipped(128, "*fp8e4nv", True),
+    _shipped(128, "*i8", False, "before"),
+    _shipped(128, "*fp8e4nv", False, "before"),
+    _shipped(64, "*bf16", False, "from"),
+    _shipped(128, "*bf16", False, "from"),
 )  # fmt: skip

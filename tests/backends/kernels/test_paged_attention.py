@@ -48,6 +48,10 @@ class Case:
     scale: float
     window: int = 0
     sinks: int = 0
+    recent_k: Tensor | None = None
+    recent_v: Tensor | None = None
+    rings: Tensor | None = None
+    starts: Tensor | None = None
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -59,19 +63,26 @@ class Case:
         recent = position >= length - self.window if self.window else torch.ones_like(length, dtype=torch.bool)
         return (position < length) & (recent | (position < self.sinks))
 
-    def gathered(self, cache: Tensor, scale: Tensor | None) -> Tensor:
+    def gathered(self, cache: Tensor, scale: Tensor | None, recent: Tensor | None = None) -> Tensor:
         """`[B, H_kv, S, D]` in float64, position by position."""
         wide = cache.double() if scale is None else cache.double() * scale.double().unsqueeze(-1)
         size = cache.shape[2]
+
+        def at(b: int, row: Tensor, p: int) -> Tensor:
+            if recent is not None and self.rings is not None and self.starts is not None and p >= self.starts[b]:
+                return recent[self.rings[b].clamp(min=0), :, p % recent.shape[2]].double()
+            return wide[row[p // size], :, p % size]
+
         return torch.stack(
             [
-                torch.stack([wide[row[p // size], :, p % size] for p in range(len(row) * size)], 1)
-                for row in self.block_table.long()
+                torch.stack([at(b, row, p) for p in range(len(row) * size)], 1)
+                for b, row in enumerate(self.block_table.long())
             ]
         )
 
     def check(self, got: Tensor, rounded_weights: float = 0.0) -> None:
-        k, v = self.gathered(self.k_cache, self.k_scale), self.gathered(self.v_cache, self.v_scale)
+        k = self.gathered(self.k_cache, self.k_scale, self.recent_k)
+        v = self.gathered(self.v_cache, self.v_scale, self.recent_v)
         assert got.dtype == self.q.dtype
         assert got.is_contiguous()
         assert_within(got, *exact_attention(self.q, k, v, self.seen(), self.scale, rounded_weights))
@@ -88,9 +99,10 @@ def case(
     dtype: torch.dtype = torch.float32,
     window: int = 0,
     sinks: int = 0,
+    recent: tuple[int, ...] = (),
     device: str = "cpu",
 ) -> Case:
-    """Random operands: each sequence's blocks lie scattered in the cache."""
+    """Random operands: each sequence's blocks lie scattered in the cache. The `recent` last of each are in a ring."""
     generator = torch.Generator().manual_seed(0)
     batch = len(lengths)
     blocks = batch * table + 1
@@ -101,8 +113,18 @@ def case(
         rounded = [quantize_kv(c, kind) for c in caches]  # type: ignore[arg-type]
         caches, scales = [r[0] for r in rounded], [r[1][..., 0].contiguous() for r in rounded]
     order = torch.randperm(blocks, generator=generator)[: batch * table].view(batch, table).int()
-    tensors = (q, *caches, *scales, order, torch.tensor(lengths, dtype=torch.int32))
-    return Case(*(None if t is None else t.to(device) for t in tensors), head**-0.5, window, sinks)  # type: ignore[arg-type]
+    filled = torch.tensor(lengths, dtype=torch.int32)
+    rings: list[Tensor | None] = [None] * 4
+    if recent:
+        size = (batch + 1, heads[1], RING, head)
+        rings[:2] = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+        rings[2] = torch.randperm(batch + 1, generator=generator)[:batch].int()
+        rings[3] = (filled - torch.tensor(recent)).int()
+    tensors = [None if t is None else t.to(device) for t in (q, *caches, *scales, order, filled, *rings)]
+    return Case(*tensors[:7], head**-0.5, window, sinks, *tensors[7:])  # type: ignore[arg-type]
+
+
+RING = 70
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -120,6 +142,15 @@ CASES: dict[str, dict[str, Any]] = {
     "many query heads": {"heads": (17, 1), "head": 16},
     "float16": {"dtype": torch.float16, "kind": "int8"},
     "bfloat16": {"dtype": torch.bfloat16},
+    # More recent than there are makes starts negative, 0 recent reads no ring, and a row without tokens sees nothing.
+    "recent, int8": {"kind": "int8", "recent": (60, 5, 0)},
+    "recent, fp8": {"kind": "fp8", "recent": (1, 0, 70), "lengths": (158, 0, 33)},
+    "recent, plain": {"recent": (70, 5, 33)},
+    "recent, bfloat16": {"kind": "int8", "recent": (60, 5, 20), "dtype": torch.bfloat16},
+    "recent, one block": {"kind": "int8", "table": 1, "block_size": 200, "lengths": (200, 3), "recent": (40, 3)},
+    "recent within a window": {"kind": "int8", "recent": (20, 5, 33), "window": 40, "sinks": 4},
+    "recent beyond a window": {"kind": "fp8", "recent": (60, 5, 33), "window": 16, "sinks": 5},
+    "recent, many heads": {"kind": "int8", "recent": (64, 5, 0), "heads": (17, 1), "head": 16, "window": 65},
 }
 
 
@@ -145,8 +176,9 @@ def test_compiled_heads_of_any_size(head: int, dtype: torch.dtype, kind: str) ->
         {"lengths": (PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 1, 780)},
         {"lengths": (790, 300), "window": 2 * PIECE, "sinks": 7, "kind": "int8"},
         {"lengths": (799, 600), "window": 3, "sinks": PIECE + 20, "kind": "fp8"},
+        {"lengths": (799, 600), "kind": "fp8", "recent": (70, 33)},
     ],
-    ids=["pieces", "sinks within a piece", "sinks past a piece"],
+    ids=["pieces", "sinks within a piece", "sinks past a piece", "recent"],
 )
 def test_compiled_pieces_and_threads(shape: dict[str, Any]) -> None:
     """Pieces end anywhere in a block; however many threads share them, they are merged in the same order."""
@@ -163,12 +195,72 @@ def test_compiled_pieces_and_threads(shape: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
-@pytest.mark.parametrize("name", ["int8", "window and sinks"])
+@pytest.mark.parametrize("name", ["int8", "window and sinks", "recent, int8"])
 def test_any_number_of_splits_gives_the_same(name: str, splits: int) -> None:
     one = case(**CASES[name])
     got = _paged_attention_cuda(*one.args, splits=splits)
     one.check(got)
     assert torch.equal(got, _paged_attention_cuda(*one.args, splits=splits))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("recent")])
+@ALL
+def test_what_lies_on_the_other_side_is_not_read(op: Any, name: str, poison: float) -> None:
+    one = case(**CASES[name])
+    wanted = op(*one.args)
+    assert one.recent_k is not None
+    assert one.recent_v is not None
+    assert one.rings is not None
+    assert one.starts is not None
+    seen, place = one.seen(), torch.arange(one.seen().shape[1])
+    ring = torch.zeros(one.recent_k.shape[0], RING, dtype=torch.bool)
+    for row, at, start in zip(seen, one.rings.tolist(), one.starts.tolist(), strict=True):
+        ring[at, (place[row & (place >= start)]) % RING] = True
+    for cache in (one.recent_k, one.recent_v):
+        cache.masked_fill_(~ring[:, None, :, None], poison)
+    blocks = torch.zeros(one.k_cache.shape[0], one.k_cache.shape[2], dtype=torch.bool)
+    for table, row, start in zip(one.block_table.long(), seen, one.starts, strict=True):
+        blocks[table] |= (row & (place < start)).view(-1, one.k_cache.shape[2])
+    if one.k_scale is not None and one.v_scale is not None:
+        for scale in (one.k_scale, one.v_scale):
+            scale.masked_fill_(~blocks[:, None], poison)
+    assert torch.equal(op(*one.args), wanted)
+
+
+@NOT_FINITE
+@ALL
+def test_a_ring_that_is_not_there_or_too_small_makes_its_row_nan(op: Any) -> None:
+    one = case(kind="int8", recent=(60, 0, 20))
+    wanted = op(*one.args)
+    assert one.rings is not None
+    assert one.starts is not None
+    one.rings[1] = -1  # a row that is empty has none
+    assert torch.equal(op(*one.args), wanted)
+    for ring in (-1, 4):
+        one.rings[2] = ring
+        got = op(*one.args)
+        assert got[2].isnan().all()
+        assert torch.equal(got[:2], wanted[:2])
+    one.starts[0] -= 11  # 71 of 70
+    assert op(*one.args)[0].isnan().all()
+
+
+@ALL
+def test_wrong_rings_raise(op: Any) -> None:
+    error = RuntimeError if op is compiled else UsageError
+    for change, message in (
+        ({"rings": None}, "go together"),
+        ({"recent_k": torch.zeros(4, 2, RING, 24, dtype=torch.int8)}, "recent_k and recent_v must be"),
+        ({"recent_v": torch.zeros(4, 2, RING, 8)}, "recent_k and recent_v must be"),
+        ({"starts": torch.zeros(3, dtype=torch.int64)}, "starts must be int32"),
+        ({"rings": torch.zeros(2, dtype=torch.int32)}, "rings must be int32"),
+    ):
+        one = case(kind="int8", recent=(60, 0, 20))
+        for name, value in change.items():
+            setattr(one, name, value)
+        with pytest.raises(error, match=message):
+            op(*one.args)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -372,6 +464,7 @@ def test_opcheck(kind: str) -> None:
     # PyTorch's check of the schema compares operands before and after, which it cannot for float8 on a CPU.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(paged_attention, case(kind=kind).args, test_utils=checks[kind == "fp8" :])
+    torch.library.opcheck(paged_attention, case(kind=kind, recent=(9, 0, 3)).args, test_utils=checks[kind == "fp8" :])
 
 
 def test_compiles_whole() -> None:
