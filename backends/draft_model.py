@@ -17,7 +17,7 @@ from torch import nn
 
 from optimizer.backends.block_pool import OutOfBlocks
 from optimizer.backends.drafting import Draft
-from optimizer.backends.paged_cache import FEW_TOKENS
+from optimizer.backends.kv_layout import FEW_TOKENS
 from optimizer.backends.paged_runner import PagedRunner
 from optimizer.backends.sequences import Sequence
 from optimizer.errors import ModelError, UsageError
@@ -77,7 +77,7 @@ class DraftModel:
     def _step(self, row: Sequence, new: list[int]) -> int:
         """Write `new` tokens; the most likely one after the last."""
         width = len(new) if len(new) == 1 else 1 << (len(new) - 1).bit_length()
-        step = self.runner.step(1, width)
+        step = self.runner.step(1, width, context=row.length + width)
         step.bind([row], [new])
         step.reserve([len(new)])
         _, chosen = step()

@@ -19,7 +19,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -85,6 +85,8 @@ class Engine:
         speculation: Speculation | None = None,
     ) -> None:
         self.runner, self.limits = runner, limits or Limits()
+        if runner.options.recent:  # each row that runs has a ring
+            self.limits = replace(self.limits, max_batch=min(self.limits.max_batch, runner.options.max_batch))
         self.speculation = speculation or runner.speculation
         self.stats = EngineStats()
         self._waiting: deque[Request] = deque()
@@ -235,7 +237,8 @@ class Engine:
         """The token chosen after the last one of each row and after each guess, by the compiled step."""
         width = 1 + max((len(draft) for draft in drafts), default=0)
         sampled = any(request.sampling.temperature > 0 for request in rows)
-        step = self.runner.step(len(rows), width, sampled=sampled)
+        longest = max(request._row.length for request in rows if request._row is not None)
+        step = self.runner.step(len(rows), width, context=longest + width, sampled=sampled)
         if step is not self._step or rows != self._bound or width > 1:
             sequences = [request._row for request in rows if request._row is not None]
             step.bind(

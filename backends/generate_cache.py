@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.backends.kv_layout import KeyValueLayout
-from optimizer.backends.paged_cache import FEW_TOKENS, LayerStorage, Storage, View
+from optimizer.backends.kv_layout import FEW_TOKENS, KeyValueLayout
+from optimizer.backends.paged_cache import LayerStorage, Storage, View
 from optimizer.backends.paged_cache import attention_forward as attend_in_place
 from optimizer.backends.paged_runner import PagedOptions, layout_of
 from optimizer.errors import ModelError, UsageError

@@ -7,7 +7,7 @@ through the function that transformers looks up: a layer that does not would nev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from optimizer.quant.kv import KvKind, check_kv_kind
 
 _ELEMENTS: dict[KvKind, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _SCALE_BYTES = 4
+FEW_TOKENS = 16
+"""Up to so many tokens a row are attended one by one, in place."""
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -36,7 +38,8 @@ class KeyValueLayout:
 
     Layers with the same window form a group: a token takes the same block in each of them, and one group's blocks can
     be given back (they left the window) while another keeps its own. With `sinks`, the first tokens stay visible
-    beside the window (StreamingLLM, arXiv:2309.17453).
+    beside the window (StreamingLLM, arXiv:2309.17453). With `recent`, the last so many tokens of each sequence are kept
+    in `dtype` as well (`recent_kv`).
     """
 
     layers: tuple[LayerShape, ...]
@@ -44,6 +47,7 @@ class KeyValueLayout:
     kind: KvKind | None = None
     block_size: int = 32
     sinks: int = 0
+    recent: int = 0
 
     def __post_init__(self) -> None:
         if self.kind is not None:
@@ -52,6 +56,11 @@ class KeyValueLayout:
             raise UsageError(
                 f"Invalid KeyValueLayout: {len(self.layers)} layers, block_size {self.block_size}, sinks {self.sinks}. "
                 "Use at least one layer, a block of at least one token, and 0 or more sinks."
+            )
+        if self.recent and (self.kind is None or self.recent < FEW_TOKENS):
+            raise UsageError(
+                f"Invalid recent {self.recent} with kv {self.kind}. Keep {FEW_TOKENS} or more tokens, beside an 8-bit "
+                "cache: any other has all of them in the model's type."
             )
 
     @property
@@ -78,6 +87,26 @@ class KeyValueLayout:
             if group in (None, at)
         )
 
+    @property
+    def ring(self) -> int:
+        """Slots of a sequence's ring of recent tokens; 0 without."""
+        return -(-(self.recent + FEW_TOKENS) // 16) * 16 if self.recent else 0
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of a sequence's rings, over all layers."""
+        return self.ring * self._own_bytes
+
+    @property
+    def _own_bytes(self) -> int:
+        """Bytes of a token in `dtype`, over all layers."""
+        return sum(2 * layer.kv_heads * layer.head_dim * self.dtype.itemsize for layer in self.layers)
+
+    def bytes_read(self, context: int) -> int:
+        """The fewest bytes that the step of one row reads, `context` tokens in its cache; windows not counted."""
+        recent = min(self.recent, context)
+        return (context - recent) * self.bytes_per_token() + recent * self._own_bytes
+
     def blocks_for(self, tokens: int, group: int) -> int:
         """The most blocks that a sequence of `tokens` holds at once: all, or those of the sinks and the window.
 
@@ -96,7 +125,7 @@ def windowed(layout: KeyValueLayout, window: int, sinks: int) -> KeyValueLayout:
     layers = tuple(
         LayerShape(layer.kv_heads, layer.head_dim, min(layer.window or window, window)) for layer in layout.layers
     )
-    return KeyValueLayout(layers, layout.dtype, layout.kind, layout.block_size, sinks)
+    return replace(layout, layers=layers, sinks=sinks)
 
 
 class PositionsGiven:
@@ -136,7 +165,7 @@ class ProbeCache(PositionsGiven):
         return key, value
 
 
-def probe(model: Any, *, kind: KvKind | None = None, block_size: int = 32) -> KeyValueLayout:
+def probe(model: Any, *, kind: KvKind | None = None, block_size: int = 32, recent: int = 0) -> KeyValueLayout:
     """The layout of a model whose attention is the paged one (`paged_cache.register`), from one forward pass.
 
     Raises `ModelError`, with the reason, for a model whose layers keep something else than keys and values of
@@ -166,5 +195,5 @@ def probe(model: Any, *, kind: KvKind | None = None, block_size: int = 32) -> Ke
         raise ModelError(f"{name} keeps keys and values of different shapes")
     windows = [int(option.get("sliding_window") or 0) for option in options]
     return KeyValueLayout(
-        tuple(LayerShape(*cache.shapes[i], windows[i]) for i in layers), cache.dtype, kind, block_size
+        tuple(LayerShape(*cache.shapes[i], windows[i]) for i in layers), cache.dtype, kind, block_size, recent=recent
     )

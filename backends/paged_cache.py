@@ -11,7 +11,8 @@ attention that transformers looks up by name reads them where they lie, through 
 A few tokens a row (decoding, verifying a chain of drafts) are attended as so many rows of one token, by the kernel that
 reads blocks in place: a token's attention is computed alike whatever the number of tokens beside it. More tokens (a
 prompt's chunk) and trees of drafts gather the row's keys and values and go to transformers' SDPA. An 8-bit cache is
-read as it was rounded in either case, so the size of a chunk changes nothing.
+read as it was rounded in either case, so the size of a chunk changes nothing. With `recent` tokens in the model's type
+beside it (`recent_kv`), SDPA attends to what was gathered from blocks, to the ring and to the new tokens themselves.
 """
 
 from __future__ import annotations
@@ -26,20 +27,24 @@ from torch import Tensor, nn
 from optimizer.backends.kernels.kv_write import kv_write
 from optimizer.backends.kernels.paged_attention import paged_attention
 from optimizer.backends.kv_layout import KeyValueLayout, LayerShape, PositionsGiven, ProbeCache
+from optimizer.backends.recent_kv import Recent
 from optimizer.errors import UsageError
 
 NAME = "optimizer-paged"
 """The name under which transformers knows this attention."""
-FEW_TOKENS = 16
-"""Up to so many tokens a row are attended one by one, in place."""
 VARIANTS = ("softcap", "position_bias", "s_aux")
 """What some models add to attention and the kernel lacks; `probe` refuses these models."""
 
 
 class LayerStorage:
-    """One layer's blocks: `keys`, `values` `[blocks, H_kv, block_size, D]`, scales `[blocks, H_kv, block_size]`."""
+    """One layer's blocks: `keys`, `values` `[blocks, H_kv, block_size, D]`, scales `[blocks, H_kv, block_size]`.
 
-    def __init__(self, shape: LayerShape, layout: KeyValueLayout, blocks: int, device: torch.device) -> None:
+    With recent tokens also `recent_keys`, `recent_values` `[rings, H_kv, C, D]`.
+    """
+
+    def __init__(
+        self, shape: LayerShape, layout: KeyValueLayout, blocks: int, device: torch.device, rings: int = 0
+    ) -> None:
         size = (blocks, shape.kv_heads, layout.block_size, shape.head_dim)
         self.keys = torch.zeros(size, dtype=layout.elements, device=device)
         self.values = torch.zeros_like(self.keys)
@@ -48,23 +53,31 @@ class LayerStorage:
         if layout.kind is not None:
             self.key_scales = torch.zeros(size[:3], dtype=torch.float32, device=device)
             self.value_scales = torch.zeros_like(self.key_scales)
-        for tensor in self.tensors:
+        self.recent: tuple[Tensor, ...] = ()
+        if layout.recent:
+            ring = (rings, shape.kv_heads, layout.ring, shape.head_dim)
+            self.recent = tuple(torch.zeros(ring, dtype=layout.dtype, device=device) for _ in range(2))
+        for tensor in (*self.tensors, *self.recent):
             torch._dynamo.mark_static_address(tensor)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is stored."""
+        """All that is stored in blocks."""
         every = (self.keys, self.values, self.key_scales, self.value_scales)
         return [tensor for tensor in every if tensor is not None]
 
 
 class Storage:
-    """The blocks of all layers; `blocks` says how many each group of layers has."""
+    """The blocks of all layers, `blocks` of them in each group, and in each layer `rings` of recent tokens."""
 
-    def __init__(self, layout: KeyValueLayout, blocks: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, layout: KeyValueLayout, blocks: tuple[int, ...], device: torch.device, *, rings: int = 0
+    ) -> None:
         self.layout, self.blocks = layout, blocks
         groups = layout.group_of
-        self.layers = [LayerStorage(shape, layout, blocks[groups[i]], device) for i, shape in enumerate(layout.layers)]
+        self.layers = [
+            LayerStorage(shape, layout, blocks[groups[i]], device, rings) for i, shape in enumerate(layout.layers)
+        ]
 
     def copy_block(self, group: int, source: int, target: int) -> None:
         """Copy a block in every layer of a group, before a shared one is written to."""
@@ -85,10 +98,17 @@ class Storage:
                     raw = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
                     raw[write_block, :, write] = raw[read_block, :, read]
 
+    def move_recent(self, ring: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy positions in one row's ring to others, in every layer; all are read before any is written."""
+        read, write = (torch.tensor(at) % self.layout.ring for at in (sources, targets))
+        for layer in self.layers:
+            for tensor in layer.recent:
+                tensor[ring, :, write] = tensor[ring, :, read]
+
     @property
     def bytes(self) -> int:
-        """Bytes that all blocks occupy, used or not."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors)
+        """Bytes that all blocks and rings occupy, used or not."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in (*layer.tensors, *layer.recent))
 
 
 @dataclass
@@ -96,7 +116,8 @@ class View(PositionsGiven):
     """What one forward writes and sees: this is the cache that the model is given.
 
     `visible` is given where attention must gather: `[B, 1, S, L]` bool, the first L positions of each row that each new
-    token sees (one for each group). `fresh` says that the rows held nothing before and none is padded.
+    token sees (one for each group), and behind them its ring and the new tokens if some are `recent`. `fresh` says that
+    the rows held nothing before and none is padded.
     """
 
     storage: Storage
@@ -107,18 +128,19 @@ class View(PositionsGiven):
     row_tables: list[Tensor]
     visible: list[Tensor] | None = None
     fresh: bool = False
+    recent: Recent | None = None
 
     @classmethod
     def of(
         cls, storage: Storage, positions: Tensor, tables: list[Tensor], *, context: int | None = None,
-        tree: tuple[Tensor, Tensor] | None = None, fresh: bool = False,
+        tree: tuple[Tensor, Tensor] | None = None, fresh: bool = False, rings: tuple[Tensor, Tensor] | None = None,
     ) -> View:  # fmt: skip
         """A view for tokens at `positions [B, S]`.
 
         `context` (the tokens in the longest row afterwards) makes attention gather that many positions; it must be
         given for more than `FEW_TOKENS`. For drafts in a tree, `tree` holds which of the new tokens each may see
         `[B, S, S]` bool and the position in the sequence `[B, S]` that each would have; `positions` is where each is
-        written.
+        written. `rings`, each row's ring and where it begins `[B]` int32, goes with recent tokens.
         """
         size = storage.layout.block_size
         real = positions >= 0
@@ -127,32 +149,56 @@ class View(PositionsGiven):
         lengths = (positions + 1).to(torch.int32).reshape(-1)
         tokens = positions.shape[1]
         rows = tables if tokens == 1 else [table.repeat_interleave(tokens, 0) for table in tables]
+        layout, stand, recent = storage.layout, positions if tree is None else tree[1], None
+        if rings is not None:
+            recent = Recent.of(layout.recent, layout.ring, positions, stand, *rings)
         visible = None
         if context is not None:
-            visible = [_visible(positions, context, w, storage.layout.sinks, tree) for w in storage.layout.windows]
-        return cls(storage, positions, tables, slots, lengths, rows, visible, fresh)
+            visible = [_visible(positions, context, window, layout.sinks, tree) for window in layout.windows]
+            if recent is not None:
+                among = None if tree is None else tree[0]
+                visible = [
+                    recent.visible(seen, positions, stand, window, layout.sinks, among)
+                    for seen, window in zip(visible, layout.windows, strict=True)
+                ]
+        return cls(storage, positions, tables, slots, lengths, rows, visible, fresh, recent)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_args: Any, **_options: Any) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values `[B, H_kv, S, D]`; attention finds them in the storage."""
+        """Write the new keys and values `[B, H_kv, S, D]`; attention finds them in the storage.
+
+        Returns them as they are, where attention gathers behind those of the ring `[B, H_kv, C + S, D]`.
+        """
         layer = self.storage.layers[layer_idx]
         kv_write(
             key, value, layer.keys, layer.values, layer.key_scales, layer.value_scales,
             self.slots[self.storage.layout.group_of[layer_idx]],
         )  # fmt: skip
-        return key, value
+        if self.recent is None:
+            return key, value
+        ring_keys, ring_values = layer.recent
+        held = None if self.visible is None else self.recent.rings.clamp(min=0).long()
+        earlier = None if held is None else (ring_keys[held], ring_values[held])  # before they are overwritten
+        kv_write(key, value, ring_keys, ring_values, None, None, self.recent.slots)
+        if earlier is None:
+            return key, value
+        return torch.cat([earlier[0], key], 2), torch.cat([earlier[1], value], 2)
 
-    def gathered(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first L positions `[B, H_kv, L, D]`, in the model's type."""
+    def gathered(self, layer_idx: int, near: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first L positions `[B, H_kv, L, D]`, in the model's type, and behind them `near`."""
         assert self.visible is not None
         group = self.storage.layout.group_of[layer_idx]
         layer, context = self.storage.layers[layer_idx], self.visible[group].shape[-1]
+        if near is not None:
+            context -= near[0].shape[2]
         size = self.storage.layout.block_size
         blocks = self.tables[group][:, : -(-context // size)].clamp(min=0).long()
         # What nobody sees may be another sequence's, or left from one, NaN included, and 0 · NaN would let it through.
         unseen = ~self.visible[group].any(2).unsqueeze(-1)  # [B, 1, L, 1]
-        keys = _gather(layer.keys, layer.key_scales, blocks, context).masked_fill(unseen, 0)
-        values = _gather(layer.values, layer.value_scales, blocks, context).masked_fill(unseen, 0)
-        return keys.to(self.storage.layout.dtype), values.to(self.storage.layout.dtype)
+        keys = _gather(layer.keys, layer.key_scales, blocks, context).to(self.storage.layout.dtype)
+        values = _gather(layer.values, layer.value_scales, blocks, context).to(self.storage.layout.dtype)
+        if near is not None:
+            keys, values = torch.cat([keys, near[0]], 2), torch.cat([values, near[1]], 2)
+        return keys.masked_fill(unseen, 0), values.masked_fill(unseen, 0)
 
 
 def _visible(positions: Tensor, context: int, window: int, sinks: int, tree: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -203,7 +249,7 @@ def attention_forward(
     whole = kv_cache.fresh and not kv_cache.storage.layout.windows[group] and kv_cache.storage.layout.kind is None
     if whole:  # nothing but the tokens themselves is seen, and nothing is rounded
         return sdpa_attention_forward(module, query, key, value, None, **options)  # type: ignore[no-any-return]
-    keys, values = kv_cache.gathered(layer_idx)
+    keys, values = kv_cache.gathered(layer_idx, None if kv_cache.recent is None else (key, value))
     return sdpa_attention_forward(module, query, keys, values, kv_cache.visible[group], **options)  # type: ignore[no-any-return]
 
 
@@ -213,9 +259,12 @@ def _in_place(query: Tensor, view: View, layer_idx: int, scaling: float | None) 
     layout, layer = view.storage.layout, view.storage.layers[layer_idx]
     group = layout.group_of[layer_idx]
     scale = head_dim**-0.5 if scaling is None else float(scaling)
+    rings: tuple[Tensor | None, ...] = (None, None, None, None)
+    if view.recent is not None:
+        rings = (*layer.recent, view.recent.rings.repeat_interleave(tokens), view.recent.starts.reshape(-1))
     out = paged_attention(
         query.transpose(1, 2).reshape(batch * tokens, heads, head_dim), layer.keys, layer.values, layer.key_scales,
-        layer.value_scales, view.row_tables[group], view.lengths, scale, layout.windows[group], layout.sinks,
+        layer.value_scales, view.row_tables[group], view.lengths, scale, layout.windows[group], layout.sinks, *rings,
     )  # fmt: skip
     return out.view(batch, tokens, heads, head_dim)  # type: ignore[no-any-return]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,44 +17,21 @@ from torch import Tensor, nn
 from optimizer.backends.compiled import bucket
 from optimizer.backends.drafting import Draft
 from optimizer.backends.kernels.sampling import sample_tokens
-from optimizer.backends.kv_layout import KeyValueLayout, probe, windowed
-from optimizer.backends.paged_cache import View, register
+from optimizer.backends.paged_cache import View
+from optimizer.backends.paged_options import PagedOptions, layout_of
 from optimizer.backends.paged_step import Step, uniform
 from optimizer.backends.runner import OnToken, StepRunner
 from optimizer.backends.sampling import Sampling
 from optimizer.backends.sequences import Sequence, SequenceCache
 from optimizer.backends.speculation import Speculation
 from optimizer.errors import UsageError
-from optimizer.quant.kv import KvKind
 
+__all__ = ["PagedOptions", "PagedRunner", "layout_of"]
+
+SMALLEST_CONTEXT = 256
+"""Tokens of the smallest bucket of contexts."""
 _UNKNOWN = -1
 """Stands for a generated token in lockstep, whose value would have to be waited for; no prompt ever contains it."""
-
-
-@dataclass(frozen=True)
-class PagedOptions:
-    """How the cache of a `PagedRunner` is kept.
-
-    `kv` rounds keys and values to 8 bits. `cache_tokens` is the room for all rows together: unless given, 16 contexts,
-    or what a quarter of the free memory holds. `chunk` bounds the tokens of a prompt that run at once. With a `window`,
-    every token sees that many before it and the first `sinks`. `share_prefixes` keeps full blocks for later prompts
-    that begin with them.
-    """
-
-    kv: KvKind | None = None
-    block_size: int = 32
-    cache_tokens: int | None = None
-    chunk: int = 512
-    window: int = 0
-    sinks: int = 0
-    share_prefixes: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "chunk"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"Invalid {name} {getattr(self, name)}. Use at least 1 token.")
-        if self.window < 0 or self.sinks < 0 or (self.sinks and not self.window):
-            raise UsageError(f"Invalid window {self.window} with {self.sinks} sinks. Sinks stand beside a window.")
 
 
 class PagedRunner(StepRunner):
@@ -81,10 +57,11 @@ class PagedRunner(StepRunner):
         tokens = max(self.options.cache_tokens or self._default_tokens(), self.options.block_size)
         self.cache = SequenceCache(
             self.layout, tokens, min(tokens, self.max_context), self.device,
-            chunk=self.options.chunk, share_prefixes=self.options.share_prefixes,
+            chunk=self.options.chunk, share_prefixes=self.options.share_prefixes, rings=self.options.max_batch,
         )  # fmt: skip
-        self.blocks_per_row = -(-self.max_context // self.options.block_size)
-        self._steps: dict[tuple[int, int, bool], Step] = {}
+        self.context_buckets = self.device.type == "cuda"
+        """Whether steps are made for contexts of 256, 512, ... tokens: a GPU's kernels divide what a table may hold."""
+        self._steps: dict[tuple[int, int, int, bool], Step] = {}
         self._rows: list[Sequence] = []
         self._step: Step | None = None
 
@@ -92,6 +69,11 @@ class PagedRunner(StepRunner):
 
     def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
         self.close()
+        if self.layout.recent and len(tokens) > self.options.max_batch:
+            raise UsageError(
+                f"{len(tokens)} rows exceed max_batch {self.options.max_batch}, the rows whose recent tokens are kept. "
+                "Raise it."
+            )
         lengths = mask.sum(1).tolist()
         prompts = [row[len(row) - n :] for row, n in zip(tokens.tolist(), lengths, strict=True)]
         self._rows = [self.cache.open(prompt, share=not all_logits) for prompt in prompts]
@@ -99,8 +81,9 @@ class PagedRunner(StepRunner):
         return self.extend(self._rows, prompts, all_logits=all_logits)
 
     def _decode(self, tokens: Tensor) -> Tensor:
-        if self._step is None:
-            self._step = self.step(self._batch)
+        needed = self._longest + 1
+        if self._step is None or needed > self._step.context:
+            self._step = self.step(self._batch, context=needed)
             self._step.bind(self._rows, [[0]] * self._batch)
         self._step.reserve([1] * self._batch)
         self._step.tokens[: self._batch, 0].copy_(tokens)
@@ -140,11 +123,13 @@ class PagedRunner(StepRunner):
             for row, own, sequence in zip(logits, seeds, self._rows, strict=True)
         ]
         new = torch.cat(chosen)
-        step = self.step(self._batch, sampled=sampling.temperature > 0)
-        step.bind(self._rows, new[:, None].tolist(), [sampling] * self._batch, seeds)
+        step: Step | None = None
         try:
             while True:
                 yield new
+                if step is None or self._longest + 1 > step.context:
+                    step = self.step(self._batch, context=self._longest + 1, sampled=sampling.temperature > 0)
+                    step.bind(self._rows, new[:, None].tolist(), [sampling] * self._batch, seeds)
                 step.reserve([1] * self._batch)
                 new = step()[1][: self._batch, 0].clone()
                 for row in self._rows:
@@ -173,6 +158,11 @@ class PagedRunner(StepRunner):
         for row in self._rows:
             self.cache.close(row)
         self._rows, self._step, self._context = [], None, 0
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest row in lockstep."""
+        return max(row.length for row in self._rows)
 
     def warm_up(self, batch: int = 1, context: int = 1) -> None:
         """Compile and run the step of a bucket, so that the first request does not pay for it."""
@@ -225,8 +215,9 @@ class PagedRunner(StepRunner):
                 self.cache.reserve(row, end)
         fresh = bool((places[:, 0] == 0).all())
         view = View.of(
-            self.cache.storage, places.to(self.device), self._tables(rows), context=int(ends.max()), fresh=fresh
-        )
+            self.cache.storage, places.to(self.device), self._tables(rows), context=int(ends.max()), fresh=fresh,
+            rings=self._rings(rows),
+        )  # fmt: skip
         return self._forward(ids.to(self.device), view, keep)
 
     def verify_trees(
@@ -250,7 +241,10 @@ class PagedRunner(StepRunner):
             seen[i, :count, :count] = draft.mask()
         ids, places, positions, seen = (t.to(self.device) for t in (ids, places, positions, seen))
         context = int(places.max()) + 1
-        view = View.of(self.cache.storage, places, self._tables(rows), context=context, tree=(seen, positions))
+        view = View.of(
+            self.cache.storage, places, self._tables(rows), context=context, tree=(seen, positions),
+            rings=self._rings(rows),
+        )  # fmt: skip
         logits = self._forward(ids, view, 0, positions)
         chosen = [
             self.choose(logits[i], sampling, seed, positions[i])
@@ -282,9 +276,22 @@ class PagedRunner(StepRunner):
             tables.append(torch.tensor(padded, dtype=torch.int32, device=self.device))
         return tables
 
-    def step(self, rows: int, tokens: int = 1, *, sampled: bool = False) -> Step:
-        """The step for at least that many rows, of `tokens` new tokens each; compiled when it first runs."""
-        key = (bucket(rows), tokens, sampled)
+    def _rings(self, rows: Rows[Sequence]) -> tuple[Tensor, Tensor] | None:
+        """The rows' rings of recent tokens and where they begin, `[B]` int32."""
+        if not self.layout.recent:
+            return None
+        rings, kept = ([row.ring for row in rows], [row.kept for row in rows])
+        return tuple(torch.tensor(values, dtype=torch.int32, device=self.device) for values in (rings, kept))  # type: ignore[return-value]
+
+    def step(self, rows: int, tokens: int = 1, *, context: int | None = None, sampled: bool = False) -> Step:
+        """The step for at least that many rows, of `tokens` new tokens each; compiled when it first runs.
+
+        `context` is the most tokens that a row will hold then: the longest that the runner takes unless given.
+        """
+        most = self.max_context
+        if self.context_buckets and context is not None:
+            most = min(max(SMALLEST_CONTEXT, bucket(context)), most)
+        key = (bucket(rows), tokens, most, sampled)
         if key not in self._steps:
             self._steps[key] = Step(self, *key)
         return self._steps[key]
@@ -304,23 +311,14 @@ class PagedRunner(StepRunner):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys, values and their scales a token keeps, over all layers."""
-        return self.layout.bytes_per_token()
+        """Bytes of keys, values and scales a token keeps, over all layers, and a ring's share of a full context."""
+        return self.layout.bytes_per_token() + -(-self.layout.ring_bytes // self.max_context)
+
+    def bytes_per_step(self, batch: int, context: int) -> int:
+        """`BaseRunner`'s; recent tokens are read in the model's type."""
+        return self._weight_bytes + batch * self.layout.bytes_read(context)
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes that all blocks occupy, used or not."""
+        """Bytes that all blocks and rings occupy, used or not."""
         return self.cache.storage.bytes
-
-
-def layout_of(model: Any, options: PagedOptions) -> KeyValueLayout:
-    """Switch a model to the paged attention and read off what its cache must hold."""
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = register()
-    try:
-        layout = probe(model, kind=options.kv, block_size=options.block_size)
-    except BaseException:
-        config._attn_implementation = before
-        raise
-    return windowed(layout, options.window, options.sinks) if options.window else layout

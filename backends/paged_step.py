@@ -1,10 +1,10 @@
 """One decode step of a bucket of rows over a paged cache: compiled whole, with sampling inside, or captured as a graph.
 
 A step appends up to `S` tokens to each of `B` rows and returns the logits after each and the token drawn from them. It
-is compiled once for a bucket (rows, a power of two, and tokens a row) over buffers of its own that never move, which is
-also what a CUDA graph needs: tokens, positions, block tables and sampling parameters are copied in when they change. A
-step of one token advances them itself, so that the next step needs nothing from the host. Rows that are not in use have
-position -1: they write nothing and see nothing.
+is compiled once for a bucket (rows, a power of two; tokens a row; the context that its tables have room for; whether
+tokens are drawn) over buffers of its own that never move, which is also what a CUDA graph needs: tokens, positions,
+block tables and sampling parameters are copied in when they change. A step of one token advances them itself, so that
+the next step needs nothing from the host. Rows that are not in use have position -1: they write and see nothing.
 
 Random numbers are a hash of (seed, position), so a row's draws do not depend on the rows beside it.
 """
@@ -23,7 +23,8 @@ from torch import Tensor
 from optimizer.backends.compiled import compile_options
 from optimizer.backends.cuda_graph import GraphedStep
 from optimizer.backends.kernels.sampling import sample_tokens
-from optimizer.backends.paged_cache import FEW_TOKENS, Storage, View
+from optimizer.backends.kv_layout import FEW_TOKENS
+from optimizer.backends.paged_cache import Storage, View
 from optimizer.backends.sampling import Sampling
 from optimizer.backends.sequences import Sequence
 from optimizer.errors import UsageError
@@ -35,15 +36,21 @@ if TYPE_CHECKING:
 class Step:
     """One bucket: its buffers, and the compiled (or captured) function over them."""
 
-    def __init__(self, runner: PagedRunner, rows: int, tokens: int, sampled: bool) -> None:
+    def __init__(self, runner: PagedRunner, rows: int, tokens: int, context: int, sampled: bool) -> None:
         if tokens > FEW_TOKENS:
             raise UsageError(f"Invalid step of {tokens} tokens a row. At most {FEW_TOKENS} are attended in place.")
         device = runner.device
         self.runner, self.ledger, self.sampled = runner, runner.ledger, sampled
+        self.context = context
+        """The most tokens of a row, new ones included, that its tables have room for."""
         self.tokens = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         self.positions = torch.full((rows, tokens), -1, dtype=torch.long, device=device)
-        shape = (rows, runner.blocks_per_row)
+        shape = (rows, -(-context // runner.layout.block_size))
         self.tables = [torch.full(shape, -1, dtype=torch.int32, device=device) for _ in runner.layout.windows]
+        self.rings: tuple[Tensor, Tensor] | None = None
+        if runner.layout.recent:
+            ring = torch.full((rows,), -1, dtype=torch.int32, device=device)
+            self.rings = (ring, torch.zeros_like(ring))
         self.temperature = torch.zeros(rows, device=device)
         self.top_k = torch.zeros(rows, dtype=torch.int32, device=device)
         self.top_p = torch.ones(rows, device=device)
@@ -60,7 +67,8 @@ class Step:
     @property
     def buffers(self) -> list[Tensor]:
         """Everything that a step reads and the host writes."""
-        return [self.tokens, self.positions, *self.tables, self.temperature, self.top_k, self.top_p, self.seeds]
+        sampling = (self.temperature, self.top_k, self.top_p, self.seeds)
+        return [self.tokens, self.positions, *self.tables, *(self.rings or ()), *sampling]
 
     def bind(
         self, rows: Rows[Sequence], tokens: Rows[Rows[int]], samplings: Rows[Sampling] = (), seeds: Rows[int] = ()
@@ -95,6 +103,8 @@ class Step:
             for group, buffer in enumerate(self.tables):
                 table = row.table(group)
                 buffer[i, : len(table)] = torch.tensor(table, dtype=torch.int32)
+            if self.rings is not None:
+                self.rings[0][i], self.rings[1][i] = row.ring, row.kept
             self._versions[i] = row.version
 
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -130,7 +140,7 @@ def _executable(runner: PagedRunner, step: Step) -> tuple[Callable[[], tuple[Ten
 def _step_forward(model: Any, storage: Storage, step: Step) -> tuple[Tensor, Tensor]:
     """Append the step's tokens; float32 logits `[B, S, V]`, next tokens `[B, S]`, which a step of one takes on."""
     positions = step.positions
-    view = View.of(storage, positions, step.tables)
+    view = View.of(storage, positions, step.tables, rings=step.rings)
     out = model(
         input_ids=step.tokens,
         position_ids=positions.clamp(min=0),

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from optimizer.backends.block_pool import BlockPool, PagedSequence
-from optimizer.backends.kv_layout import KeyValueLayout
+from optimizer.backends.block_pool import BlockPool, OutOfBlocks, PagedSequence
+from optimizer.backends.kv_layout import FEW_TOKENS, KeyValueLayout
 from optimizer.backends.paged_cache import Storage
 
 
@@ -23,7 +23,11 @@ class Sequence:
     handles: list[PagedSequence]
     cached: int = 0
     version: int = field(default=0)
-    """Changes whenever a table does."""
+    """Changes whenever a table, the ring or `kept` does."""
+    ring: int = -1
+    """Which ring holds its recent tokens (`recent_kv`), from the first reservation on."""
+    kept: int = 0
+    """The first position that was ever written there and may still be."""
 
     @property
     def length(self) -> int:
@@ -39,7 +43,7 @@ class SequenceCache:
     """A paged cache of `tokens` tokens (of those layers that keep all of them) and the sequences in it.
 
     Layers with a window get room for as many sequences as the others would hold of `context` tokens each, plus what a
-    prompt's `chunk` writes before anything leaves the window.
+    prompt's `chunk` writes before anything leaves the window. At most `rings` sequences have recent tokens at once.
     """
 
     def __init__(
@@ -51,8 +55,11 @@ class SequenceCache:
         *,
         chunk: int = 512,
         share_prefixes: bool = True,
+        rings: int = 0,
     ) -> None:
         self.layout = layout
+        self._rings = list(range(rings))[::-1] if layout.recent else []
+        self._rings_used = 0
         rows = max(1, tokens // context)
         size = layout.block_size
         blocks = tuple(
@@ -61,20 +68,26 @@ class SequenceCache:
             else min(-(-tokens // size), rows * (layout.blocks_for(context, group) + -(-chunk // size)))
             for group, window in enumerate(layout.windows)
         )
-        self.storage = Storage(layout, blocks, device)
+        self.storage = Storage(layout, blocks, device, rings=len(self._rings))
         self.pools = [BlockPool(count, size, share_prefixes=share_prefixes) for count in blocks]
 
     def open(self, tokens: Tokens[int], *, share: bool = True) -> Sequence:
         """A sequence that begins with what is cached of `tokens`, if anything; never all of them."""
         handles = [pool.open(tokens if share else ()) for pool in self.pools]
         cached = min(handle.cached for handle in handles)
-        sequence = Sequence(handles, cached)
+        sequence = Sequence(handles, cached, kept=cached)
         for pool, handle in zip(self.pools, handles, strict=True):
             pool.truncate(handle, cached)
         return sequence
 
     def reserve(self, sequence: Sequence, length: int) -> None:
         """Make room for `length` tokens. Raises `OutOfBlocks` where there is none: what is written stays."""
+        if self.layout.recent and sequence.ring < 0:
+            if not self._rings:
+                raise OutOfBlocks(f"{self._rings_used} sequences have recent tokens, and max_batch allows no more.")
+            sequence.ring = self._rings.pop()
+            self._rings_used += 1
+            sequence.version += 1
         for group, (pool, handle) in enumerate(zip(self.pools, sequence.handles, strict=True)):
             held = len(handle.table)
             copies = pool.reserve(handle, length)
@@ -97,17 +110,26 @@ class SequenceCache:
         if targets != list(places):
             for group in range(len(self.pools)):
                 self.storage.move(group, sequence.table(group), places, targets)
+            if self.layout.recent:
+                self.storage.move_recent(sequence.ring, places, targets)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Forget the tokens beyond `length`, and the room that was reserved beyond it."""
+        written = sequence.length + FEW_TOKENS  # at most: drafts that fell
         for pool, handle in zip(self.pools, sequence.handles, strict=True):
             pool.truncate(handle, length)
+        if self.layout.recent:
+            sequence.kept = min(max(sequence.kept, written - self.layout.ring), length)
         sequence.version += 1
 
     def close(self, sequence: Sequence) -> None:
         """Give back all blocks; full ones stay to be found by later prompts until the room is needed."""
         for pool, handle in zip(self.pools, sequence.handles, strict=True):
             pool.close(handle)
+        if sequence.ring >= 0:
+            self._rings.append(sequence.ring)
+            self._rings_used -= 1
+            sequence.ring = -1
 
     def room(self) -> int:
         """Tokens that could be reserved now."""
@@ -121,8 +143,9 @@ class SequenceCache:
 
     @property
     def bytes_in_use(self) -> int:
-        """Bytes of the blocks that open sequences hold."""
-        return sum(
+        """Bytes of the blocks and rings that open sequences hold."""
+        blocks = sum(
             pool.used * self.layout.block_size * self.layout.bytes_per_token(group)
             for group, pool in enumerate(self.pools)
         )
+        return blocks + self._rings_used * self.layout.ring_bytes

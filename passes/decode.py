@@ -35,8 +35,9 @@ class Decode:
 
     With `cache: paged` through a `PagedRunner`: keys and values in blocks of `block_size` tokens, room for
     `cache_tokens` over all rows, prompts in chunks of `chunk` tokens, shared prefixes, and requests that join and leave
-    between steps. `kv: int8` or `fp8` rounds them; with a `window` every token sees that many before it and the first
-    `sinks`. A model whose attention cannot read blocks stays on the static cache, and the report says why.
+    between steps. `kv: int8` or `fp8` rounds them, and with `recent` the last so many tokens of each row, of
+    `max_batch` at once, are attended in the model's type; with a `window` every token sees that many before it and the
+    first `sinks`. A model whose attention cannot read blocks stays on the static cache, and the report says why.
 
     `int8_inputs` rounds the inputs of weight-only integer layers to int8 in groups of 32 values of a token on a CPU.
     """
@@ -53,13 +54,18 @@ class Decode:
     chunk: int = 512
     window: int = 0
     sinks: int = 0
+    recent: int = 0
+    max_batch: int = 16
     required: bool = True
 
     @property
     def paged(self) -> PagedOptions:
         """How the paged cache is kept."""
         kv: Any = self.kv
-        return PagedOptions(kv, self.block_size, self.cache_tokens, self.chunk, self.window, self.sinks)
+        return PagedOptions(
+            kv, self.block_size, self.cache_tokens, self.chunk, self.window, self.sinks, recent=self.recent,
+            max_batch=self.max_batch,
+        )  # fmt: skip
 
     def check(self, model: nn.Module, ctx: Context) -> None:
         """The context must be one that the model has positions for, and the options must go together."""
@@ -74,7 +80,8 @@ class Decode:
             raise RecipeError(f"decode: {error}") from error
         if self.cache == "static" and paged != PagedOptions():
             raise RecipeError(
-                "decode: kv, block_size, cache_tokens, chunk, window and sinks are options of the paged cache. "
+                "decode: kv, block_size, cache_tokens, chunk, window, sinks, recent and max_batch are options of the "
+                "paged cache. "
                 "Add `cache: paged`."
             )
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -119,7 +126,8 @@ def _paged_runner(
 def _described(layout: KeyValueLayout) -> str:
     windows = ", ".join(f"a window of {window}" if window else "all tokens" for window in layout.windows)
     elements = str(layout.elements).removeprefix("torch.")
-    return f"{elements}, {layout.bytes_per_token()} bytes a token, {windows} seen"
+    recent = f", the last {layout.recent} also in {str(layout.dtype).removeprefix('torch.')}" if layout.recent else ""
+    return f"{elements}, {layout.bytes_per_token()} bytes a token, {windows} seen{recent}"
 
 
 def _use_int8_inputs(model: nn.Module) -> tuple[list[str], list[Skip]]:

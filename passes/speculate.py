@@ -21,7 +21,7 @@ from torch import nn
 
 from optimizer.backends.draft_model import DraftModel, early_exit
 from optimizer.backends.drafting import PromptLookup, Proposer
-from optimizer.backends.paged_cache import FEW_TOKENS
+from optimizer.backends.kv_layout import FEW_TOKENS
 from optimizer.backends.paged_runner import PagedOptions, PagedRunner
 from optimizer.backends.runner import BaseRunner
 from optimizer.backends.speculation import Speculation, SpeculationPolicy, StepCosts

@@ -16,7 +16,7 @@ A row's last positions may lie elsewhere, in the type of q beside 8-bit blocks s
 from a ring of C slots, position p from slot `p % C`.
 
     recent_k, recent_v  [rings, H_kv, C, D]  the type of q; last dimension contiguous
-    rings, starts       [B] int32            the ring of each row (no matter where it sees none of it), and what is there
+    rings, starts       [B] int32            each row's ring (no matter where none of it is seen), and what is there
 
 More positions than C, or a ring that is not there, make the row NaN.
 
@@ -264,12 +264,11 @@ def _paged_attention_cuda(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     into, counts = (out, part, stats, inner_contiguous(q)), (capacity, splits + in_rings)
     lengths, bounds = lengths.contiguous(), (scale * LOG2_E, window or _EVERYTHING, sinks)
+    blocked = (k_cache, v_cache, k_scale, v_scale, block_table)
     if recent_k is None or recent_v is None or rings is None or starts is None:
-        blocked = (k_cache, v_cache, k_scale, v_scale, block_table)
         _launch(into, blocked, lengths, None, bounds, *counts, 0, splits, "all", whole)
     else:
         starts, ring = starts.contiguous(), (recent_k, recent_v, None, None, rings.contiguous()[:, None])
-        blocked = (k_cache, v_cache, k_scale, v_scale, block_table)
         _launch(into, blocked, lengths, starts, bounds, *counts, 0, splits, "before", whole)
         _launch(into, ring, lengths, starts, bounds, *counts, splits, in_rings, "from", False)
     combine(out, part, stats)
@@ -277,7 +276,7 @@ def _paged_attention_cuda(
 
 
 def _launch(
-    into: tuple[Tensor, Tensor, Tensor, Tensor],
+    into: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
     cache: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor],
     lengths: Tensor,
     starts: Tensor | None,
@@ -290,7 +289,7 @@ def _launch(
     whole: bool,
 ) -> None:
     """Parts `first` to `first + programs - 1` of `splits`, of the positions on one side of `starts`."""
-    *results, q = into
+    out, part, stats, q = into
     k_cache, v_cache, k_scale, v_scale, table = cache
     batch, heads, head = q.shape
     blocks, kv_heads, block_size, _ = k_cache.shape
@@ -301,10 +300,10 @@ def _launch(
         scale_strides = (*k_scale.stride()[:2], *v_scale.stride()[:2])
     sizes = tile_constants(kv_heads, heads // kv_heads, head, q.element_size())
     _paged_kernel[(batch * kv_heads, programs)](
-        *results, q, k_cache, v_cache, k_scale, v_scale, table, lengths, starts, *bounds, blocks, block_size, capacity,
-        first, splits, batch * heads * splits, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        out, part, stats, q, k_cache, v_cache, k_scale, v_scale, table, lengths, starts, *bounds, blocks, block_size,
+        capacity, first, splits, batch * heads * splits, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         *scale_strides, table.stride(0), **sizes, **_products(product_type(q), k_scale is not None), WHOLE=whole,
-        SPLIT=splits > 1, SIDE=side, num_warps=WARPS, num_stages=_stages(whole, sizes["BLOCK_N"]),
+        SPLIT=splits > 1, SIDE=side, num_warps=WARPS, num_stages=_stages(whole or side == "from", sizes["BLOCK_N"]),
     )  # fmt: skip
 
 
@@ -334,8 +333,8 @@ def _fake(q: Tensor, *_: Any) -> Tensor:
 
 paged_attention = define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
-    "Tensor lengths, float scale, int window, int sinks, Tensor? recent_k=None, Tensor? recent_v=None, "
-    "Tensor? rings=None, Tensor? starts=None) -> Tensor",
+    "Tensor lengths, float scale, int window, int sinks, Tensor? recent_k, Tensor? recent_v, Tensor? rings, "
+    "Tensor? starts) -> Tensor",
     paged_attention_ref,
     _fake,
     cuda=_paged_attention_cuda,
@@ -369,7 +368,7 @@ def _shipped(head: int, cache: str, whole: bool, side: str = "all") -> Shipped:
         label += f", {'one block a tile' if whole else 'small blocks'}{where}"
     return Shipped(
         _paged_kernel, label, signature, constants | {"WHOLE": whole, "SPLIT": True, "SIDE": side}, WARPS,
-        _stages(whole, constants["BLOCK_N"]), unaligned=(*integers, "stride_tb"),
+        _stages(whole or side == "from", constants["BLOCK_N"]), unaligned=(*integers, "stride_tb"),
         expects=("load128", "mma", "no-atomics"), targets=(90, 100) if cache == "*fp8e4nv" else (80, 90, 100),
     )  # fmt: skip
 

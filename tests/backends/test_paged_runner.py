@@ -13,8 +13,7 @@ from torch._dynamo.utils import counters
 
 from optimizer.backends import quantized_kv
 from optimizer.backends.kernels.build import cpu_kernels
-from optimizer.backends.kv_layout import KeyValueLayout, LayerShape, windowed
-from optimizer.backends.paged_cache import FEW_TOKENS
+from optimizer.backends.kv_layout import FEW_TOKENS, KeyValueLayout, LayerShape, windowed
 from optimizer.backends.paged_runner import PagedOptions, PagedRunner
 from optimizer.backends.paged_step import uniform
 from optimizer.backends.sampling import Sampling, probabilities
