@@ -19,7 +19,8 @@ class PagedOptions:
     or what a quarter of the free memory holds. `chunk` bounds the tokens of a prompt that run at once. With a `window`,
     every token sees that many before it and the first `sinks`. `share_prefixes` keeps full blocks for later prompts
     that begin with them. With 8 bits, the `recent` last tokens of each row are also kept in the model's type and
-    attended in it, for up to `max_batch` rows at once.
+    attended in it, for up to `max_batch` rows at once. Steps are compiled when first used (`capture` "lazy"), or all up
+    to `max_batch` rows before (`ahead`; `backends.capture`).
     """
 
     kv: KvKind | None = None
@@ -31,11 +32,14 @@ class PagedOptions:
     share_prefixes: bool = True
     recent: int = 0
     max_batch: int = 16
+    capture: str = "lazy"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "chunk", "max_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"Invalid {name} {getattr(self, name)}. Use at least 1.")
+        if self.capture not in ("lazy", "ahead"):
+            raise UsageError(f"Invalid capture {self.capture!r}. Use lazy or ahead.")
         if self.window < 0 or self.sinks < 0 or (self.sinks and not self.window):
             raise UsageError(f"Invalid window {self.window} with {self.sinks} sinks. Sinks stand beside a window.")
         if self.recent and (self.kv is None or self.recent < FEW_TOKENS):

@@ -61,6 +61,8 @@ class PagedRunner(StepRunner):
         )  # fmt: skip
         self.context_buckets = self.device.type == "cuda"
         """Whether steps are made for contexts of 256, 512, ... tokens: a GPU's kernels divide what a table may hold."""
+        self.graphs = self.device.type == "cuda" and compile
+        """Whether steps are captured as CUDA graphs."""
         self._steps: dict[tuple[int, int, int, bool], Step] = {}
         self._rows: list[Sequence] = []
         self._step: Step | None = None
@@ -72,7 +74,7 @@ class PagedRunner(StepRunner):
         if self.layout.recent and len(tokens) > self.options.max_batch:
             raise UsageError(
                 f"{len(tokens)} rows exceed max_batch {self.options.max_batch}, the rows whose recent tokens are kept. "
-                "Raise it."
+                "Raise it, or run (evaluate) fewer rows at once."
             )
         lengths = mask.sum(1).tolist()
         prompts = [row[len(row) - n :] for row, n in zip(tokens.tolist(), lengths, strict=True)]

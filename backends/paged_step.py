@@ -61,7 +61,7 @@ class Step:
         self._versions: list[int] = []
         self.uncaptured, self._kind = _executable(runner, self)
         """The compiled step itself, without a graph."""
-        self._graph = GraphedStep(self.uncaptured, self.buffers) if device.type == "cuda" and runner.compile else None
+        self._graph = GraphedStep(self.uncaptured, self.buffers) if runner.graphs else None
         self._ready = False
 
     @property
@@ -109,17 +109,27 @@ class Step:
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Run it: float32 logits `[B, S, V]`, and the token chosen after each `[B, S]`."""
-        began = time.perf_counter()
-        with torch.inference_mode(False), torch.no_grad():
-            logits, chosen = self.uncaptured() if self._graph is None else self._graph()
-        if not self._ready:
-            self.ledger.compile_seconds += time.perf_counter() - began
-            self._ready = True
+        logits, chosen = self._run()
         replayed = self._graph is not None and not self._graph.reason
         self.ledger.steps["replayed" if replayed else self._kind] += 1
         if self._graph is not None and self._graph.reason:
             self.ledger.notes["graph"] = f"steps ran uncaptured: {self._graph.reason}"
         return logits, chosen
+
+    def prepare(self) -> None:
+        """Compile and capture it, if it never ran, with all rows at rest; no step is counted."""
+        if not self._ready:
+            self.bind([], [])
+            self._run()
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        began = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = self.uncaptured() if self._graph is None else self._graph()
+        if not self._ready:
+            self.ledger.compile_seconds += time.perf_counter() - began
+            self._ready = True
+        return outputs
 
 
 def _executable(runner: PagedRunner, step: Step) -> tuple[Callable[[], tuple[Tensor, Tensor]], str]:

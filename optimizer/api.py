@@ -16,6 +16,8 @@ from optimizer.artifact import (
     verify_artifact,
     write_artifact,
 )
+from optimizer.backends.capture import compile_ahead
+from optimizer.backends.paged_runner import PagedRunner
 from optimizer.backends.runner import BaseRunner
 from optimizer.calibration import load_calibration
 from optimizer.card import model_card
@@ -230,7 +232,10 @@ def load(folder: str | Path, *, device: str | None = None, verify: bool = True) 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     context = Context(tokenizer=tokenizer, batch=batch)
     apply_passes(model, passes, context, Progress())
-    return context.make_runner(model, tokenizer)
+    runner = context.make_runner(model, tokenizer)
+    if isinstance(runner, PagedRunner) and runner.options.capture == "ahead":
+        compile_ahead(runner)
+    return runner
 
 
 def _is_quantized(folder: Path) -> bool:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from optimizer.backends.capture import compile_ahead
 from optimizer.backends.linear import weight_bytes
+from optimizer.backends.paged_runner import PagedRunner
 from optimizer.backends.runner import BaseRunner, EagerRunner
 from optimizer.checkpoint import check_layout, find_layout
 from optimizer.errors import DeviceError, UsageError
@@ -52,6 +54,9 @@ if TYPE_CHECKING:
     from optimizer.refusal import Refusal
 
 WINDOW = 512
+"""Tokens of context that an evaluation window holds at most."""
+
+
 """Tokens of context that an evaluation window holds at most."""
 
 
@@ -194,6 +199,8 @@ def run(
         if hasattr(runner, "warm_up"):
             for shape in (workload, *cells.values()):
                 runner.warm_up(shape.batch, shape.prompt + shape.output)
+        if isinstance(runner, PagedRunner) and runner.options.capture == "ahead":
+            compile_ahead(runner, progress.update)
     spec = recipe.evaluation
     with progress.phase("optimized quality"):
         after = _quality(runner, recipe, progress, before)

@@ -37,7 +37,8 @@ class Decode:
     `cache_tokens` over all rows, prompts in chunks of `chunk` tokens, shared prefixes, and requests that join and leave
     between steps. `kv: int8` or `fp8` rounds them, and with `recent` the last so many tokens of each row, of
     `max_batch` at once, are attended in the model's type; with a `window` every token sees that many before it and the
-    first `sinks`. A model whose attention cannot read blocks stays on the static cache, and the report says why.
+    first `sinks`. With `capture: ahead` all steps of up to `max_batch` rows are compiled before the first is needed. A
+    model whose attention cannot read blocks stays on the static cache, and the report says why.
 
     `int8_inputs` rounds the inputs of weight-only integer layers to int8 in groups of 32 values of a token on a CPU.
     """
@@ -56,6 +57,7 @@ class Decode:
     sinks: int = 0
     recent: int = 0
     max_batch: int = 16
+    capture: str = "lazy"
     required: bool = True
 
     @property
@@ -64,7 +66,7 @@ class Decode:
         kv: Any = self.kv
         return PagedOptions(
             kv, self.block_size, self.cache_tokens, self.chunk, self.window, self.sinks, recent=self.recent,
-            max_batch=self.max_batch,
+            max_batch=self.max_batch, capture=self.capture,
         )  # fmt: skip
 
     def check(self, model: nn.Module, ctx: Context) -> None:
@@ -80,8 +82,8 @@ class Decode:
             raise RecipeError(f"decode: {error}") from error
         if self.cache == "static" and paged != PagedOptions():
             raise RecipeError(
-                "decode: kv, block_size, cache_tokens, chunk, window, sinks, recent and max_batch are options of the "
-                "paged cache. "
+                "decode: kv, block_size, cache_tokens, chunk, window, sinks, recent, max_batch and capture are options "
+                "of the paged cache. "
                 "Add `cache: paged`."
             )
         limit = getattr(model.config, "max_position_embeddings", None)

@@ -77,6 +77,11 @@ def test_the_page_on_the_paged_cache_shows_the_committed_result():
     assert (ROOT / "docs/decode-cpu.md").read_text(encoding="utf-8") == serving_cpu.page(result)
 
 
+def test_the_page_on_decoding_shows_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/recent_kv.json").read_text(encoding="utf-8"))
+    assert recent_kv.markdown(result) in (ROOT / "docs/decode.md").read_text(encoding="utf-8")
+
+
 def test_the_page_on_streaming_shows_the_committed_result():
     result = json.loads((ROOT / "benchmarks/results/streaming.json").read_text(encoding="utf-8"))
     assert streaming.markdown(result["rows"]) in (ROOT / "docs/streaming.md").read_text(encoding="utf-8")
