@@ -32,6 +32,7 @@ from optimizer.backends.sampling import Sampling
 from optimizer.backends.schedule import Limits, Running, Waiting, plan
 from optimizer.backends.sequences import Sequence
 from optimizer.backends.speculation import Accepted, Speculation, accept_greedy
+from optimizer.backends.trees import verify_trees
 from optimizer.errors import UsageError
 
 
@@ -253,8 +254,8 @@ class Engine:
     def _step_trees(self, rows: list[Request], drafts: list[Draft]) -> list[list[int]]:
         self._step, self._bound = None, []
         sequences = [request._row for request in rows if request._row is not None]
-        chosen = self.runner.verify_trees(
-            sequences, [request.tokens[-1] for request in rows], drafts,
+        chosen = verify_trees(
+            self.runner, sequences, [request.tokens[-1] for request in rows], drafts,
             [request.sampling for request in rows], [request.seed for request in rows],
         )  # fmt: skip
         return chosen.tolist()

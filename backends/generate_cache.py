@@ -293,6 +293,10 @@ def block_cache(model: Any, batch: int = 1, max_tokens: int = 2048, **options: A
     `PagedOptions`. Raises `ModelError`, with the reason, for a model whose attention cannot read blocks."""
     from transformers import Cache
 
+    if options.get("recent"):
+        raise UsageError(
+            "A BlockCache keeps no recent tokens in the model's type. Leave `recent` out, or use a PagedRunner."
+        )
     with block_attention(model):
         layout = layout_of(model, PagedOptions(**options))
     made = type("BlockCache", (BlockCache, Cache), {})

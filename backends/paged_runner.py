@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.backends.compiled import bucket
-from optimizer.backends.drafting import Draft
 from optimizer.backends.kernels.sampling import sample_tokens
 from optimizer.backends.paged_cache import View
 from optimizer.backends.paged_options import PagedOptions, layout_of
@@ -217,44 +216,12 @@ class PagedRunner(StepRunner):
                 self.cache.reserve(row, end)
         fresh = bool((places[:, 0] == 0).all())
         view = View.of(
-            self.cache.storage, places.to(self.device), self._tables(rows), context=int(ends.max()), fresh=fresh,
-            rings=self._rings(rows),
+            self.cache.storage, places.to(self.device), self.tables(rows), context=int(ends.max()), fresh=fresh,
+            rings=self.rings(rows),
         )  # fmt: skip
-        return self._forward(ids.to(self.device), view, keep)
+        return self.forward(ids.to(self.device), view, keep)
 
-    def verify_trees(
-        self, rows: Rows[Sequence], roots: Rows[int], drafts: Rows[Draft], samplings: Rows[Sampling], seeds: Rows[int]
-    ) -> Tensor:
-        """Run each row's last token and its draft, a tree; the token chosen after the root and each node `[B, S]`.
-
-        Not compiled: masks over whole contexts are of another shape in every step. Raises `OutOfBlocks`.
-        """
-        width = 1 + max(map(len, drafts))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        places = torch.full((len(rows), width), -1)
-        positions = torch.full((len(rows), width), -1)
-        seen = torch.zeros(len(rows), width, width, dtype=torch.bool)
-        for i, (row, root, draft) in enumerate(zip(rows, roots, drafts, strict=True)):
-            count = 1 + len(draft)
-            self.cache.reserve(row, row.length + count)
-            ids[i, :count] = torch.tensor([root, *draft.tokens])
-            places[i, :count] = torch.arange(row.length, row.length + count)
-            positions[i, :count] = row.length + torch.tensor(draft.depths)
-            seen[i, :count, :count] = draft.mask()
-        ids, places, positions, seen = (t.to(self.device) for t in (ids, places, positions, seen))
-        context = int(places.max()) + 1
-        view = View.of(
-            self.cache.storage, places, self._tables(rows), context=context, tree=(seen, positions),
-            rings=self._rings(rows),
-        )  # fmt: skip
-        logits = self._forward(ids, view, 0, positions)
-        chosen = [
-            self.choose(logits[i], sampling, seed, positions[i])
-            for i, (sampling, seed) in enumerate(zip(samplings, seeds, strict=True))
-        ]
-        return torch.stack(chosen)
-
-    def _forward(self, ids: Tensor, view: View, keep: int, positions: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, view: View, keep: int, positions: Tensor | None = None) -> Tensor:
         """The model's own forward, not compiled; float32 logits of the last `keep` tokens, of all for 0."""
         self.ledger.steps["prefill chunk"] += 1
         with torch.inference_mode(False), torch.no_grad():
@@ -268,7 +235,7 @@ class PagedRunner(StepRunner):
             )
         return out.logits.float()  # type: ignore[no-any-return]
 
-    def _tables(self, rows: Rows[Sequence]) -> list[Tensor]:
+    def tables(self, rows: Rows[Sequence]) -> list[Tensor]:
         """The rows' block tables `[B, M]` of each group."""
         tables = []
         for group in range(len(self.layout.windows)):
@@ -278,7 +245,7 @@ class PagedRunner(StepRunner):
             tables.append(torch.tensor(padded, dtype=torch.int32, device=self.device))
         return tables
 
-    def _rings(self, rows: Rows[Sequence]) -> tuple[Tensor, Tensor] | None:
+    def rings(self, rows: Rows[Sequence]) -> tuple[Tensor, Tensor] | None:
         """The rows' rings of recent tokens and where they begin, `[B]` int32."""
         if not self.layout.recent:
             return None

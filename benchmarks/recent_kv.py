@@ -66,7 +66,13 @@ def measure(count: int) -> dict[str, Any]:
         for recent in RECENT:
             found = logits_of(model, tokens, kv=kind, recent=recent)
             rows.append({"kv": kind, "recent": recent, **compared(found, exact, tokens)})
-    return {"commit": commit(), "versions": installed_versions(), "windows": len(tokens), "length": LENGTH, "rows": rows}
+    return {
+        "commit": commit(),
+        "versions": installed_versions(),
+        "windows": len(tokens),
+        "length": LENGTH,
+        "rows": rows,
+    }
 
 
 def markdown(result: dict[str, Any]) -> str:

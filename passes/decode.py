@@ -128,7 +128,7 @@ def _paged_runner(
 def _described(layout: KeyValueLayout) -> str:
     windows = ", ".join(f"a window of {window}" if window else "all tokens" for window in layout.windows)
     elements = str(layout.elements).removeprefix("torch.")
-    recent = f", the last {layout.recent} also in {str(layout.dtype).removeprefix('torch.')}" if layout.recent else ""
+    recent = f", the last {layout.recent} in {str(layout.dtype).removeprefix('torch.')}" if layout.recent else ""
     return f"{elements}, {layout.bytes_per_token()} bytes a token, {windows} seen{recent}"
 
 

@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from typer.testing import CliRunner
 
-from benchmarks import gate, peers_cpu, predict, serving_cpu, streaming
+from benchmarks import gate, peers_cpu, predict, recent_kv, serving_cpu, streaming
 from benchmarks.decode import markdown
 from benchmarks.gpu import claims
 from optimizer.cli import app

@@ -389,6 +389,8 @@ def test_wrong_options_are_refused() -> None:
     for bad in ({"block_size": 0}, {"window": -1}, {"sinks": 4}, {"batch": 0}, {"max_tokens": 0}):
         with pytest.raises(UsageError, match="Invalid"):
             block_cache(llama(), **bad)
+    with pytest.raises(UsageError, match="no recent tokens"):
+        block_cache(llama(), kv="int8", recent=16)
     with pytest.raises(UsageError, match="int4"):
         made(llama(), kv="int4")
 

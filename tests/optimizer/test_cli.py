@@ -328,8 +328,23 @@ def test_bench_times_two_models_side_by_side(work: Path, passed: tuple[Ran, Path
 @pytest.mark.parametrize(
     "command",
     [
-        "", "run", "plan", "quantize", "recipes", "eval", "bench", "serve", "compare", "history", "diagnose", "roofline",
-        "power", "ci", "export", "verify", "doctor",
+        "",
+        "run",
+        "plan",
+        "quantize",
+        "recipes",
+        "eval",
+        "bench",
+        "serve",
+        "compare",
+        "history",
+        "diagnose",
+        "roofline",
+        "power",
+        "ci",
+        "export",
+        "verify",
+        "doctor",
     ],
 )
 def test_every_command_has_help(command: str) -> None:

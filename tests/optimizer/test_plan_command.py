@@ -140,9 +140,7 @@ def test_a_search_that_was_killed_goes_on_after_the_finished_try(
     monkeypatch.setattr(
         plan_bench,
         "time_variants",
-        lambda variants, **_: {
-            v: dict.fromkeys(calls, 1.0 if v == "plain" else 1e-3) for v, calls in variants.items()
-        },
+        lambda variants, **_: {v: dict.fromkeys(calls, 1.0 if v == "plain" else 1e-3) for v, calls in variants.items()},
     )
     run, calls = plan_bench.run, []
 

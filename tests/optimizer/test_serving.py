@@ -17,6 +17,7 @@ from optimizer.backends.paged_runner import PagedRunner
 from optimizer.cli import app
 from optimizer.errors import RecipeError, UsageError
 from optimizer.pipeline import Outcome, run
+from optimizer.progress import Progress
 from optimizer.recipe import Recipe, ServingSpec, serving_spec
 from optimizer.report_build import build_report
 from optimizer.report_html import render_html
@@ -75,6 +76,21 @@ def test_what_clients_saw_is_evidence_and_too_few_requests_fail_a_floor(outcome:
     assert verdicts["serving.ttft_p99_seconds"].measurement is None
     assert verdicts["kv.ratio"].passed
     assert not verdicts["steps.eager"].passed  # nothing was compiled here, and a recipe may insist on it
+
+
+def test_all_steps_can_be_compiled_before_the_first_request_with_progress(source: Source) -> None:
+    seen: list[tuple[str, float, float]] = []
+
+    class Recorder(Progress):
+        def update(self, what: str, done: float, total: float) -> None:
+            seen.append((what, done, total))
+
+    work = PAGED | {"capture": "ahead", "max_batch": 16, "recent": 16}
+    outcome = run(source, job(passes=(work,), requests=4), progress=Recorder())
+    assert [update for update in seen if update[0] == "steps"] == [("steps", done, 10) for done in range(11)]
+    assert outcome.costs["compile"] >= outcome.runner.ledger.compile_seconds > 0
+    assert isinstance(outcome.runner, PagedRunner)
+    assert len(outcome.runner._steps) == 10  # 1, 2, 4, 8 and 16 rows, greedy and drawn, and no other was needed
 
 
 def test_an_objective_that_is_missed_fails_its_floor(source: Source) -> None:

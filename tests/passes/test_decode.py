@@ -138,6 +138,16 @@ def test_a_paged_cache_is_served_where_the_model_can_and_gives_the_same_tokens()
     assert report.notes == ("attention reads blocks: float32, 512 bytes a token, all tokens seen",)
 
 
+def test_recent_tokens_are_reported_and_counted() -> None:
+    model, ctx = llama(), Context()
+    report = Decode(cache="paged", kv="int8", recent=16, max_batch=4, compile=False).run(model, ctx)
+    runner = ctx.make_runner(model, None)
+    assert isinstance(runner, PagedRunner)
+    # 2 layers of 2 heads of 16: an int8 each and a scale of 4 bytes, for keys and for values.
+    assert report.notes == ("attention reads blocks: int8, 160 bytes a token, all tokens seen, the last 16 in float32",)
+    assert runner.cache.storage.layers[0].recent[0].shape == (4, 2, 32, 16)
+
+
 def test_a_model_that_cannot_be_paged_stays_static_and_the_report_says_why() -> None:
     model, ctx = ARCHITECTURES["gemma2"](), Context()
     report = Decode(cache="paged", compile=False).run(model, ctx)
@@ -156,6 +166,10 @@ def test_a_model_that_cannot_be_paged_stays_static_and_the_report_says_why() -> 
         ({"cache": "paged", "kv": "int4"}, "int4"),
         ({"cache": "paged", "sinks": 4}, "beside a window"),
         ({"cache": "paged", "block_size": 0}, "block_size 0"),
+        ({"capture": "ahead"}, "Add `cache: paged`"),
+        ({"cache": "paged", "capture": "never"}, "lazy or ahead"),
+        ({"cache": "paged", "recent": 64}, "beside kv int8 or fp8"),
+        ({"cache": "paged", "kv": "fp8", "recent": 8}, "16 or more"),
     ],
 )
 def test_cache_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
