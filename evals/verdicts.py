@@ -65,7 +65,8 @@ class Facts:
     @property
     def largest(self) -> Term:
         """The term of work that takes the most; attention and the upkeep of its cache are one."""
-        shares: dict[Term, float] = {term: self.share(term) for term in (WORK - {"kv"}) | {"unclassified"}}
+        terms: set[Term] = {*WORK, "unclassified"} - {"kv"}
+        shares = {term: self.share(term) for term in terms}
         shares["attention"] += self.share("kv")
         return max(shares, key=lambda term: shares[term])
 

@@ -35,7 +35,7 @@ from optimizer.evals.ceilings import Ceilings, measure_ceilings
 from optimizer.evals.timing import GenerationTiming, Workload, measure_generation, ratio
 from optimizer.layer_errors import layer_differences, place
 from optimizer.passes.calibration import FEWEST_TOKENS, calibrate_on
-from optimizer.pipeline import WINDOW, Phase, _check_workload
+from optimizer.pipeline import WINDOW, Phase, check_workload
 from optimizer.progress import Progress
 from optimizer.recipe import ServingSpec
 from optimizer.report import Ceilings as CeilingsEntry
@@ -84,7 +84,7 @@ def compare_variants(names: Sequence[str], settings: Settings, progress: Progres
     local = {v.name: v.runner for v in variants if v.runner is not None}
     tokenizer = _shared_tokenizer(local, settings)
     for runner in local.values():
-        _check_workload(runner, settings.workload)
+        check_workload("workload", runner.max_context, settings.workload)
     entries = {variant.name: _describe(variant, settings.workload) for variant in variants}
     quality = measure_quality(variants, tokenizer, settings, progress) if settings.tasks else {}
     metrics = metric_entries(quality, settings)
