@@ -8,18 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 from typer.main import get_command
-
 from typer.testing import CliRunner
 
 from benchmarks import gate, peers_cpu, predict, recent_kv, serving_cpu, streaming
 from benchmarks.decode import markdown
 from benchmarks.gpu import claims
 from optimizer.cli import app
+from optimizer.compare_report import Comparison
 from optimizer.evals.noninferiority import score_interval
 from optimizer.evals.power import items_needed
-from optimizer.compare_report import Comparison
 from optimizer.recipe import Recipe, builtin
-
 from optimizer.variants import OPENERS
 
 ROOT = Path(__file__).parents[1]
