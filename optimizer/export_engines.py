@@ -19,7 +19,7 @@ from optimizer.artifact import ManifestInfo, SourceRecord, write_artifact
 from optimizer.backends.aot_package import PackageRecord, export_package, load_package
 from optimizer.backends.onnx_export import MODEL_FILE, export, float_copy
 from optimizer.backends.onnx_runner import SETTINGS_FILE, OnnxRunner
-from optimizer.backends.tensorrt.build import BuildOptions, build_engines
+from optimizer.backends.tensorrt.build import BuildOptions, build_engines, targets_of
 from optimizer.backends.tensorrt.engine import EngineSet, Profile
 from optimizer.backends.tensorrt.provider import find_provider
 from optimizer.errors import PassError, UsageError
@@ -105,7 +105,15 @@ def export_engines(
             f"batch {options.batch}, prompt {options.prompt}, context {options.context}: give at least 1, 1 and 2, and "
             "no longer a prompt than the context."
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.context
+    if options.context > limit:
+        raise UsageError(
+            f"context {options.context}: the model was made for {limit} positions. Give --context {limit}."
+        )
+    building = BuildOptions(
+        profiles(options), options.targets, options.weight_streaming, options.version_compatible, limit
+    )
+    targets_of(building, provider)  # before minutes of tracing
     made: list[Any] = []
 
     def build(folder: Path) -> None:
@@ -121,13 +129,7 @@ def export_engines(
             rounded = any(" × " in kernel for kernel in exported.kernels.values())
             bound = max(BOUND[dtype], ROUNDED_BOUND if rounded else 0.0)
             difference = _agreeing(model, OnnxRunner(graph), bound, "the graph for TensorRT")
-            record = build_engines(
-                graph / MODEL_FILE, folder / ENGINES,
-                BuildOptions(
-                    profiles(options), options.targets, options.weight_streaming, options.version_compatible, limit
-                ),
-                provider,
-            )  # fmt: skip
+            record = build_engines(graph / MODEL_FILE, folder / ENGINES, building, provider)
         write_configuration(model, tokenizer, folder)
         made.extend((record, exported.kernels, difference, bound))
 

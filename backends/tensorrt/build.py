@@ -54,7 +54,7 @@ def build_engines(onnx: Path, out: Path, options: BuildOptions, provider: Provid
     cannot work, `DeviceError` where the provider or the GPU is missing.
     """
     provider = provider or find_provider()
-    targets = _targets(options, provider)
+    targets = targets_of(options, provider)
     if not options.profiles:
         raise UsageError("there are no profiles. Give at least one, bounding each dynamic dimension.")
     log = _log(provider)
@@ -84,7 +84,8 @@ def build_engines(onnx: Path, out: Path, options: BuildOptions, provider: Provid
     return record
 
 
-def _targets(options: BuildOptions, provider: Provider) -> tuple[str, ...]:
+def targets_of(options: BuildOptions, provider: Provider) -> tuple[str, ...]:
+    """The architectures to build for. `UsageError` for one that the provider cannot, `DeviceError` for none at all."""
     if provider.cross_compiles:
         wanted = options.targets or (_this_gpu(),)
         if unknown := [target for target in wanted if target not in provider.targets]:
