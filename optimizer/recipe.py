@@ -160,9 +160,11 @@ class Recipe(_Strict):
     price_per_hour: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _cells_of_floors(self) -> Recipe:
+    def _measured_floors(self) -> Recipe:
         there = {cell.name for cell in self.workload.cells}
         for floor in self.floors:
+            if floor.metric.startswith("quality.kl.") and self.evaluation.divergence is None:
+                raise ValueError(f"the floor on {floor.metric!r} needs evaluation.divergence, which is null")
             _, at, cell = floor.metric.partition("@")
             if at and cell not in there:
                 known = ", ".join(sorted(there)) or "none"

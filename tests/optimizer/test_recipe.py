@@ -320,3 +320,10 @@ def test_a_gate_that_makes_no_sense_is_refused_at_its_place(path: tuple[str, ...
 def test_the_divergence_can_be_left_out() -> None:
     assert Recipe.from_dict(changed("evaluation", "divergence", value=None)).evaluation.divergence is None
     assert Recipe.from_dict(VALID).evaluation.divergence is not None
+
+
+def test_a_floor_on_a_divergence_that_is_left_out_is_refused() -> None:
+    data = changed("evaluation", "divergence", value=None)
+    data["floors"] = [{"metric": "quality.kl.mean", "at_most": 0.01}]
+    with pytest.raises(RecipeError, match=r"'quality\.kl\.mean' needs evaluation\.divergence"):
+        Recipe.from_dict(data)
