@@ -3,8 +3,9 @@
     python -m benchmarks.recent_kv [--windows 16]
 
 Windows of 512 tokens of held-out text run through the paged cache; each token sees the keys and values that a decode
-step would show it, whatever the chunk. The model computes in float32, so all that differs is the cache. Deterministic:
-a figure of quality, not of speed. Writes `benchmarks/results/recent_kv.json` and its table in `docs/decode.md`.
+step would show it, whatever the chunk. The second half is judged, where all of `RECENT` leave older tokens to be read
+rounded. The model computes in float32, so all that differs is the cache. Deterministic: quality, not speed.
+Writes `benchmarks/results/recent_kv.json` and its table in `docs/decode.md`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def logits_of(model: Any, tokens: Tensor, **options: Any) -> Tensor:
 
 
 def compared(found: Tensor, exact: Tensor, tokens: Tensor) -> dict[str, float]:
-    """Perplexity, and the distance of logits and distributions from those over an exact cache."""
+    """Perplexity, and the distance of logits and distributions from those over an exact cache, of the second half."""
+    found, exact, tokens = (t[:, LENGTH // 2 :] for t in (found, exact, tokens))
     loss = torch.nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     before, after = exact.log_softmax(-1), found.log_softmax(-1)
     return {

@@ -164,6 +164,10 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
     b = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     part = tl.program_id(1)
+    if SIDE == "all":
+        split, programs = part, splits
+    else:
+        split, programs = first_split + part, tl.num_programs(1)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     q = load_group(q_ptr + b * stride_qb + head * GROUP * stride_qh, stride_qh, GROUP, HEAD, BLOCK_G, BLOCK_D, PRODUCT)
     filled = tl.load(length_ptr + b)
@@ -184,7 +188,7 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    for tile in range(bound(part), bound(tiles), bound(tl.num_programs(1))):
+    for tile in range(bound(part), bound(tiles), bound(programs)):
         tile_start = tl.where(tile < sink_tiles, tile, tile - sink_tiles + first) * BLOCK_N
         position = tile_start + n
         seen = (position < length) & ((position < sinks) | (position >= low))
@@ -217,7 +221,7 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
         acc = tl.dot(weights.to(WEIGHT), v.to(WEIGHT), acc * keep[:, None], input_precision="ieee")
     row = b * KV_HEADS * GROUP + head * GROUP
     finish(
-        out_ptr, part_ptr, stats_ptr, acc, top, total, row, first_split + part, splits, entries, GROUP, HEAD, BLOCK_G,
+        out_ptr, part_ptr, stats_ptr, acc, top, total, row, split, splits, entries, GROUP, HEAD, BLOCK_G,
         BLOCK_D, SPLIT,
     )  # fmt: skip
 
