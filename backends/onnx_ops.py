@@ -1,4 +1,4 @@
-"""How our quantized linear layers are said in ONNX: one entry a format, in the dialect of what will run the graph.
+"""How our layers are said in ONNX: quantized linears by a table of formats, in the dialect of what will run the graph.
 
     int4        MatMulNBits of ONNX Runtime: `B [N, K/b, b/2]` uint8, the even element of a pair in the lower nibble,
                 each stored as q + 8; `scales [N, K/b]`; `zero_points [N, ⌈K/b/2⌉]` likewise packed, absent if symmetric
@@ -158,6 +158,37 @@ class DequantizedMatMul(OnnxLinear):
         return x @ weight
 
 
+class RMSNorm(nn.Module):
+    """`w x / √(mean(x²) + ε)`, in the form that ONNX Runtime joins into one kernel: a division, no product with 1/√.
+
+    Computed in float32 and rounded once to the type of `x`.
+    """
+
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(weight.detach(), requires_grad=False), epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., N]` to the same shape."""
+        y = x.float()
+        return self.weight * (y / torch.sqrt(y.pow(2).mean(-1, keepdim=True) + self.epsilon)).to(x.dtype)
+
+    @classmethod
+    def standing_for(cls, module: nn.Module) -> RMSNorm | None:
+        """What computes the same as `module`, tried on numbers; None for whatever is not such a norm."""
+        weight, epsilon = (
+            getattr(module, "weight", None),
+            getattr(module, "variance_epsilon", getattr(module, "eps", None)),
+        )
+        if "RMSNorm" not in type(module).__name__ or not isinstance(epsilon, float) or getattr(weight, "ndim", 0) != 1:
+            return None
+        norm = cls(weight, epsilon)  # type: ignore[arg-type]
+        x = torch.linspace(-3, 5, 4 * norm.weight.numel()).reshape(4, -1).to(norm.weight.dtype)
+        with torch.no_grad():
+            close = torch.allclose(module(x), norm(x), rtol=4 * torch.finfo(x.dtype).eps, atol=1e-6)
+        return norm if close else None
+
+
 class TensorRTMatMul(DequantizedMatMul):
     """A symmetric weight as TensorRT takes it: int4 in groups along K, int8 and e4m3 by row or by tensor.
 
@@ -219,6 +250,8 @@ ONNXRUNTIME: dict[tuple[int, str], Callable[..., OnnxLinear]] = {
 }
 """What stands for a weight of so many bits and such elements in ONNX Runtime's dialect."""
 
+"""What stands for a weight of so many bits and such elements in ONNX Runtime's dialect."""
+
 TENSORRT: dict[tuple[int, str], Callable[..., OnnxLinear]] = {
     (4, "int"): TensorRTMatMul,
     (8, "int"): TensorRTMatMul,
@@ -227,6 +260,9 @@ TENSORRT: dict[tuple[int, str], Callable[..., OnnxLinear]] = {
 """The same for TensorRT."""
 
 DIALECTS = {"onnxruntime": ONNXRUNTIME, "tensorrt": TENSORRT}
+"""The tables by the name of what runs the graph."""
+
+
 """The tables by the name of what runs the graph."""
 
 
@@ -249,6 +285,10 @@ def translate(model: nn.Module, dtype: torch.dtype, *, dialect: str = "onnxrunti
         else:
             replacement = _plain(weight, bias, dtype)  # type: ignore[arg-type]
         model.set_submodule(name, replacement)
+    for name, module in list(model.named_modules()):
+        norm = RMSNorm.standing_for(module)
+        if norm is not None:
+            model.set_submodule(name, norm)
 
 
 def _quantized(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optimizer.backends.linear import MergedLinear, MergedSlice, QuantizedLinear
 from optimizer.backends.onnx_export import OPSET
-from optimizer.backends.onnx_ops import kernels, translate
+from optimizer.backends.onnx_ops import RMSNorm, kernels, translate
 from optimizer.backends.onnx_runner import open_session
 from optimizer.errors import UsageError
 from optimizer.quant.activations import quantize_activation, static_scale
@@ -171,3 +171,18 @@ def test_the_caller_may_ask_for_int8_inputs(tmp_path: Path) -> None:
     model = nn.Sequential(layer(Format(4, group_size=32), None, 0))
     translate(model, torch.float32, int8_inputs=True)
     assert model[0].accuracy_level == 4
+
+
+def test_norms_become_the_form_that_the_runtime_joins() -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    llama, gemma = LlamaRMSNorm(8, eps=1e-5), GemmaRMSNorm(8)  # the latter multiplies by 1 + w
+    for norm in (llama, gemma):
+        nn.init.uniform_(norm.weight)
+    model = nn.ModuleDict({"llama": llama, "gemma": gemma, "linear": nn.Linear(8, 8)})
+    translate(model, torch.float32)
+    assert type(model["llama"]) is RMSNorm
+    assert model["gemma"] is gemma
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * 100
+    torch.testing.assert_close(model["llama"](x), llama(x))
