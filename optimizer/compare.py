@@ -337,13 +337,12 @@ def _layers(local: Mapping[str, BaseRunner], progress: Progress) -> tuple[list[L
 
 
 def _costs(entries: Mapping[str, VariantEntry], price: float | None) -> None:
-    """Cost per million output tokens at the throughput that was measured: under serving where it was, else alone."""
+    """Cost per million output tokens at one kind of throughput: of serving where every variant served, else alone."""
+    served = all(entry.serving is not None for entry in entries.values())
     for entry in entries.values():
-        rate = (
-            entry.serving.tokens_per_second if entry.serving else entry.speed.tokens_per_second if entry.speed else 0.0
-        )
-        if price is not None and rate > 0:
-            entry.cost_per_million_tokens = arithmetic.cost_per_million_tokens(price, rate)
+        measured = entry.serving if served else entry.speed
+        if price is not None and measured is not None and measured.tokens_per_second > 0:
+            entry.cost_per_million_tokens = arithmetic.cost_per_million_tokens(price, measured.tokens_per_second)
 
 
 def _warnings(entries: Sequence[VariantEntry]) -> list[str]:

@@ -50,7 +50,6 @@ class Variant:
     stored_bytes: int | None = None
     verdict: str | None = None
     recipe: str | None = None
-    batch: int = 1
     notes: tuple[str, ...] = field(default=())
 
 
@@ -160,7 +159,7 @@ def _open_artifact(name: str, options: Options) -> Variant:
     notes = () if manifest.verdict == "passed" else (f"The gate's verdict on this artifact is {manifest.verdict}.",)
     return Variant(
         recipe.name, name, "artifact", load(folder, device=options.device), digest=manifest.digest,
-        stored_bytes=stored, verdict=manifest.verdict, recipe=recipe.name, batch=recipe.workload.batch, notes=notes,
+        stored_bytes=stored, verdict=manifest.verdict, recipe=recipe.name, notes=notes,
     )  # fmt: skip
 
 
