@@ -26,6 +26,9 @@ from optimizer.report_charts import PALETTE
 from optimizer.report_html import GLOSSARY, _environment
 from optimizer.report_units import clean
 
+_EXPERT = re.compile(r"\.\d+\.")
+HEADLINE_TASKS = 6  # tasks with a column of the result and charts of their own; every task has its rows further down
+
 
 def render_html(comparison: Comparison) -> str:
     """The comparison as one self-contained page, light and dark."""
@@ -93,13 +96,13 @@ def _shown(text: str) -> str:
 
 
 def _context(comparison: Comparison) -> dict[str, Any]:
-    quality = {m.label: kept_quality(m) for m in comparison.headlines()}
+    quality = {m.label: kept_quality(m) for m in comparison.headlines()[:HEADLINE_TASKS]}
     return {
         "c": comparison,
         "tasks": list(dict.fromkeys(metric.task for metric in comparison.quality)),
         "index": {variant.name: i for i, variant in enumerate(comparison.variants)},
         "kept": quality,
-        "score": _score,
+        "more_tasks": max(0, len(comparison.headlines()) - HEADLINE_TASKS),
         "ratio_text": _ratio_text,
         "interval_text": lambda kept: units.interval(units.NUMBER, *kept),
         "front": front_of(comparison),
@@ -166,7 +169,7 @@ def _benefits(comparison: Comparison, metric: MetricEntry, field: str, sense: in
 def _pareto_charts(comparison: Comparison) -> list[tuple[MetricEntry, list[str]]]:
     """For each task, quality against every axis that was measured."""
     found = []
-    for metric in comparison.headlines():
+    for metric in comparison.headlines()[:HEADLINE_TASKS]:
         quality = kept_quality(metric)
         drawn = []
         for field, axis in AXES:
@@ -205,10 +208,6 @@ def _roofline(comparison: Comparison) -> str:
     return charts.roofline(points, peaks, memory.bytes_per_second if memory else 0.0, x, y, "Roofline of all variants")
 
 
-def _score(metric: MetricEntry, name: str) -> Score | None:
-    return next((score for score in metric.scores if score.variant == name), None)
-
-
 def _ratio_text(score: Score) -> str:
     if score.ratio is None:
         return units.NONE
@@ -216,18 +215,24 @@ def _ratio_text(score: Score) -> str:
 
 
 def _heat(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """By variant: rows (blocks), columns (projections), cells; `identical` where every weight is the first's."""
+    """By variant: rows (blocks), columns (projections), cells; `identical` where every weight is the first's.
+
+    Experts of one projection share a cell, which shows the worst of them.
+    """
     found: dict[str, dict[str, Any]] = {}
     for variant in comparison.variants[1:]:
         layers = [layer for layer in comparison.layers if layer.variant == variant.name]
         if layers:
             rows = sorted({layer.layer for layer in layers}, key=lambda n: (n is None, n))
-            blocks: dict[str, None] = dict.fromkeys(layer.projection for layer in layers if layer.layer is not None)
+            cells: dict[tuple[int | None, str], LayerError] = {}
+            for layer in layers:
+                key = layer.layer, _EXPERT.sub(".*.", layer.projection)
+                cells[key] = max(cells.get(key, layer), layer, key=_worst)
             rest = [layer for layer in layers if layer.layer is None]
             found[variant.name] = {
                 "rows": [n for n in rows if n is not None],
-                "columns": list(blocks),
-                "cells": {(layer.layer, layer.projection): layer for layer in layers},
+                "columns": list(dict.fromkeys(column for row, column in cells if row is not None)),
+                "cells": cells,
                 "rest": rest,
                 "identical": all(layer.weight_error == 0 for layer in layers),
                 "worst": max(layers, key=_worst),

@@ -38,6 +38,7 @@
   };
 
   for (const box of all("input.filter")) {
+    if (!box.checked) off.add(box.dataset.variant);  // as a browser restores it on a reload
     box.addEventListener("change", () => {
       if (box.checked) off.delete(box.dataset.variant);
       else off.add(box.dataset.variant);

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from optimizer.compare_charts import Axis, Point, Scale, scatter
 from optimizer.compare_html import heat_share, inert_json, kept_quality, page_script
-from optimizer.compare_report import Comparison, pareto
+from optimizer.compare_report import Comparison, LayerError, pareto
 from optimizer.errors import ArtifactError, OutputError, UsageError
 from optimizer.report_units import NUMBER
 from tests.optimizer.compare_example import NAMES, example, hostile
@@ -191,6 +191,23 @@ def test_each_mark_has_its_variant_and_its_tooltip() -> None:
     for variant, tip in marks:
         assert html.unescape(tip).startswith(NAMES[int(variant)])
     assert len(marks) == 2 * 4 * 3 + 6  # two tasks, four axes, three variants; prefill and decode on the roofline
+
+
+def test_many_tasks_and_experts_do_not_widen_the_page_without_end() -> None:
+    tasks = [example().quality[0].model_copy(update={"task": f"task{i}"}) for i in range(57)]
+    experts = [
+        LayerError(
+            variant="int8", name=f"layers.0.moe.experts.{i}.w1", layer=0, projection=f"moe.experts.{i}.w1",
+            weight_error=0.01 * i,
+        )
+        for i in range(64)
+    ]  # fmt: skip
+    page = example(quality=tasks, layers=experts).to_html()
+    assert "51 more tasks stand under" in page
+    assert page.count('class="charts"') == 6
+    assert page.count(">task56/acc ↑</th>") == 3
+    cells = re.findall(r'data-tip="int8, ([^:]*): weight ([^,]*)', page)
+    assert set(cells) == {("layers.0.moe.experts.63.w1", "63.0 %")}
 
 
 def test_a_cell_is_darker_the_larger_its_error() -> None:
