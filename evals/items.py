@@ -39,30 +39,38 @@ class Item:
 
 
 def items_of(task: str, logged: Sequence[Mapping[str, Any]]) -> Iterator[Item]:
-    """Items from lm-eval's logged samples of one task, in their order."""
+    """Items from lm-eval's logged samples of one task, in their order.
+
+    A sample of a shape that none of the three kinds has is left out: what is only read must not stop an evaluation.
+    """
     for row in logged:
-        arguments = [tuple(each) for each in row["arguments"]]
-        responses = list(row["filtered_resps"])
-        scores = {
-            name: float(row[name])
-            for name in row.get("metrics", ())
-            if isinstance(row.get(name), int | float) and not isinstance(row.get(name), bool)
-        }
-        document = f"{row['doc_id']}:{row['doc_hash'][:16]}"
-        if len(arguments) == 1 and len(arguments[0]) == 1:  # the likelihood of a text
-            text, nats = str(arguments[0][0]), float(responses[0])
-            answer = f"{-nats / max(1, len(text)):.4f} nats per character"
-            yield Item(task, row["filter"], document, _end(text), answer, None, scores, nats)
-        elif _is_scored(responses):  # choices
-            choices = [str(each[1]) for each in arguments]
-            if len(choices) > 1 and len(set(choices)) == 1:  # the same end after different beginnings
-                choices = [str(each[0])[-200:] for each in arguments]
-            answer, gold = _chosen(choices, responses, scores), _gold(row["target"], choices)
-            yield Item(task, row["filter"], document, _end(str(arguments[0][0])), answer, gold, scores)
-        else:
-            answer = _start(str(responses[0]) if responses else "")
-            gold = _start(str(row["target"]))
-            yield Item(task, row["filter"], document, _end(str(arguments[0][0])), answer, gold, scores)
+        try:
+            yield _item(task, row)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            continue
+
+
+def _item(task: str, row: Mapping[str, Any]) -> Item:
+    arguments = [tuple(each) for each in row["arguments"]]
+    responses = list(row["filtered_resps"])
+    scores = {name: float(row[name]) for name in row.get("metrics", ()) if _is_number(row.get(name))}
+    document = f"{row['doc_id']}:{row['doc_hash'][:16]}"
+    if len(arguments) == 1 and len(arguments[0]) == 1:  # the likelihood of a text
+        text, nats = str(arguments[0][0]), float(responses[0])
+        answer = f"{-nats / max(1, len(text)):.4f} nats per character"
+        return Item(task, row["filter"], document, _end(text), answer, None, scores, nats)
+    if _is_scored(responses):  # choices
+        choices = [str(each[1]) for each in arguments]
+        if len(choices) > 1 and len(set(choices)) == 1:  # the same end after different beginnings
+            choices = [str(each[0])[-200:] for each in arguments]
+        answer, gold = _chosen(choices, responses, scores), _gold(row["target"], choices)
+    else:
+        answer, gold = _start(str(responses[0]) if responses else ""), _start(str(row["target"]))
+    return Item(task, row["filter"], document, _end(str(arguments[0][0])), answer, gold, scores)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_scored(responses: Sequence[Any]) -> bool:

@@ -76,3 +76,16 @@ def test_long_texts_are_cut_where_it_hurts_least() -> None:
     assert item.context.endswith("end")
     assert len(item.context) == len(item.answer) == SHOWN + 1
     assert items_of("t", [row([("Q", {})], [], "gold")]).__next__().answer == ""
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        row([], ["x"]), row([("Q",)], []), row([("Q",)], [None]), row(None, ["x"]),
+        row([("Q", "a"), ("Q",)], [(0.0, True)] * 2),
+        {"doc_id": 1}, row([("Q", "a"), ("Q", "b")], [("x", True), ("y", False)]),
+    ],
+)  # fmt: skip
+def test_a_sample_of_another_shape_is_left_out_and_stops_nothing(odd: dict[str, Any]) -> None:
+    good = row([("Q", {})], ["text"], "gold")
+    assert [item.answer for item in items_of("t", [good, odd, good])] == ["text", "text"]
