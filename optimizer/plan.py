@@ -11,6 +11,7 @@ What measures is a `Bench`: `optimizer.plan_bench` has the real one. Nothing her
 
 from __future__ import annotations
 
+import difflib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,12 @@ from optimizer.candidates import CACHES, CacheOption, Candidate, WeightOption
 from optimizer.errors import UsageError
 from optimizer.evals.gate import Floor, Measurement, judge
 from optimizer.evals.predict import Bottleneck, Correction, LinearTimes, Objective, StepTimes, predict
+
+GOALS = (
+    "decode.speedup", "ttft.speedup", "throughput.speedup", "tpot.seconds", "ttft.seconds",
+    "throughput.tokens_per_second", "decode.mbu", "prefill.mfu", "weights.ratio", "weights.bytes", "kv.ratio",
+)  # fmt: skip
+"""Metrics that every try measures, besides those of quality (`quality.<task>.<metric>.recovery` or `.ratio`)."""
 
 LEAST_GAIN = 0.03
 """A candidate is tried only where it is predicted to be this share faster than the best so far."""
@@ -400,13 +407,23 @@ def with_quality(floors: Sequence[Floor], quality: float) -> list[Floor]:
 
 
 def parse_goal(text: str) -> Floor:
-    """A floor from `metric>=number` or `metric<=number`. `UsageError` for anything else."""
+    """A floor from `metric>=number` or `metric<=number`. `UsageError` for anything else, and for an unknown metric."""
     for sign, side in ((">=", "at_least"), ("<=", "at_most")):
         metric, found, number = text.partition(sign)
         if found and metric.strip():
+            _check_goal(metric.strip())
             try:
                 limit = float(number)
                 return Floor(metric.strip(), *((limit, None) if side == "at_least" else (None, limit)))
             except ValueError:
                 break
     raise UsageError(f"goal {text!r} is no condition. Write a metric, >= or <=, and a number: decode.speedup>=3.")
+
+
+def _check_goal(metric: str) -> None:
+    """A goal on what is never measured could not be met, which a user would learn only at the end."""
+    if metric in GOALS or metric.startswith("quality."):
+        return
+    near = difflib.get_close_matches(metric, GOALS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"goal on {metric!r}, which is not measured.{hint} Metrics: {', '.join(GOALS)}, quality.….")

@@ -377,11 +377,17 @@ def test_goals_say_what_is_made_faster(goals: tuple[str, ...], name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["", "decode.speedup", "decode.speedup>=", "decode.speedup=3", "x>=nan", ">=fast", ">=3"]
+    "text", ["", "decode.speedup", "decode.speedup>=", "decode.speedup=3", "decode.speedup>=nan", ">=fast", ">=3"]
 )
 def test_a_goal_that_is_no_condition_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         parse_goal(text)
+
+
+def test_a_goal_on_what_is_not_measured_is_refused_before_any_work() -> None:
+    with pytest.raises(UsageError, match=r"Did you mean 'decode.speedup'"):
+        parse_goal("decode.spedup>=3")
+    assert parse_goal("quality.task.acc.recovery>=0.9").metric == "quality.task.acc.recovery"
 
 
 def test_goals_are_floors() -> None:
