@@ -22,7 +22,7 @@ from torch import nn
 
 from optimizer.artifact import installed_versions
 from optimizer.backends.compiled import bucket
-from optimizer.backends.linear import MergedSlice, QuantizedLinear, linear_layers
+from optimizer.backends.linear import QuantizedLinear, linear_layers
 from optimizer.candidates import CACHES, WEIGHTS, CacheOption, Candidate, WeightOption
 from optimizer.checkpoint import check_layout, find_layout
 from optimizer.evals.architecture import from_module
@@ -31,7 +31,8 @@ from optimizer.evals.gate import Measurement
 from optimizer.evals.predict import Bottleneck, LinearTimes, StepTimes
 from optimizer.evals.quality import MetricResult, QualityResult
 from optimizer.evals.roofline import ModelShape, Precision, Roofline
-from optimizer.evals.timing import Summary, Workload, measure_generation, time_interleaved
+from optimizer.evals.timing import Workload, measure_generation
+from optimizer.linear_times import Kind, kinds_of, served, time_kinds
 from optimizer.passes.base import Context, view
 from optimizer.passes.calibration import Calibration
 from optimizer.passes.quantize import Quantize
@@ -240,7 +241,7 @@ class ModelBench:
     def _time_plain(self) -> list[dict[str, Any]]:
         """The linear layers as they are."""
         with self.progress.phase("time the layers as they are"), torch.inference_mode():
-            return self._time_phases(_kinds(self._products, self._products, nn.Module))
+            return self._time(kinds_of(self._products, self._products, nn.Module))
 
     @cached_property
     def _products(self) -> dict[tuple[str, ...], nn.Module]:
@@ -252,40 +253,24 @@ class ModelBench:
             rounding = {"name": "quantize", **weights.kernels}
             decode = {"name": "decode", "compile": False, "int8_inputs": weights.int8_inputs}
             quantized = served(self.applied([rounding, *_MERGED, decode])[0])
-            return self._time_phases(_kinds(self._products, quantized, QuantizedLinear))
+            return self._time(kinds_of(self._products, quantized, QuantizedLinear))
 
-    def _time_phases(self, kinds: Sequence[_Kind]) -> list[dict[str, Any]]:
-        """Each kind whose layers differ in prefill and in a decode step, plain and quantized."""
-        rows = bucket(self.workload.batch)
-        phases = {"ttft": (self.workload.batch, self.workload.prompt, 1), "tpot": (rows, 1, 5)}
-        seconds = {phase: self._time_kinds(kinds, *size) for phase, size in phases.items()}
+    def _time(self, kinds: Sequence[Kind]) -> list[dict[str, Any]]:
+        """Each kind that is reported, in prefill and in a decode step of the workload."""
+        device, dtype, w = self.original.device, self.original.dtype, self.workload
+        prefill = time_kinds(kinds, w.batch, w.prompt, device=device, dtype=dtype, repeats=1)
+        decode = time_kinds(kinds, bucket(w.batch), 1, device=device, dtype=dtype, repeats=5)
         return [
             {
-                "kind": kind.name, "layers": list(kind.layers), "shape": list(kind.shape),
-                **{v: {phase: seconds[phase][v][i] for phase in phases} for v in ("plain", "quantized")},
+                "kind": kind.name,
+                "layers": list(kind.layers),
+                "shape": list(kind.shape),
+                "plain": {"ttft": once.plain, "tpot": step.plain},
+                "quantized": {"ttft": once.quantized, "tpot": step.quantized},
             }
-            for i, kind in enumerate(kinds)
+            for kind, once, step in zip(kinds, prefill, decode, strict=True)
             if kind.reported
-        ]  # fmt: skip
-
-    def _time_kinds(
-        self, kinds: Sequence[_Kind], batch: int, tokens: int, repeats: int
-    ) -> dict[str, dict[int, float]]:  # fmt: skip
-        """Median seconds of all layers of a kind, plain and quantized."""
-        device, dtype = self.original.device, self.original.dtype
-        generator = torch.Generator().manual_seed(0)
-        features = sorted({kind.shape[1] for kind in kinds})
-        inputs = {k: torch.randn(batch, tokens, k, generator=generator).to(device, dtype) for k in features}
-
-        def call(modules: Sequence[nn.Module], x: torch.Tensor) -> Callable[[], object]:
-            return lambda: [module(x) for module in modules]
-
-        variants = {
-            "plain": {str(i): call(kind.plain, inputs[kind.shape[1]]) for i, kind in enumerate(kinds)},
-            "quantized": {str(i): call(kind.quantized, inputs[kind.shape[1]]) for i, kind in enumerate(kinds)},
-        }
-        found = time_variants(variants, repeats=repeats, device=device)
-        return {variant: {int(i): seconds for i, seconds in calls.items()} for variant, calls in found.items()}
+        ]
 
     def candidate_recipe(self, candidate: Candidate, ignore: Sequence[str]) -> Recipe:
         """The base recipe with the candidate's passes."""
@@ -345,69 +330,9 @@ class ModelBench:
 _MERGED: list[dict[str, Any]] = [{"name": "merge_linears", "required": False}]
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Layers of one name and shape, as they are served: plain products, and the quantized ones in their place."""
-
-    name: str
-    layers: tuple[str, ...]
-    shape: tuple[int, int]
-    plain: tuple[nn.Module, ...]
-    quantized: tuple[nn.Module, ...]
-    reported: bool
-
-
 def unquantized(cache: CacheOption) -> Candidate:
     """The candidate that changes no weight."""
     return next(Candidate(option, cache) for option in WEIGHTS if option.quantize is None)
-
-
-def served(model: nn.Module) -> dict[tuple[str, ...], nn.Module]:
-    """The products that a step runs, each under the names of the layers it serves, in the model's order."""
-    products: dict[int, tuple[list[str], nn.Module]] = {}
-    for name, module in linear_layers(model).items():
-        product = module.group.linear if isinstance(module, MergedSlice) else module
-        products.setdefault(id(product), ([], product))[0].append(name)
-    return {tuple(names): product for names, product in products.values()}
-
-
-def _kinds(
-    plain: Mapping[tuple[str, ...], nn.Module], quantized: Mapping[tuple[str, ...], nn.Module], of: type[nn.Module]
-) -> list[_Kind]:
-    """Products by name and shape, beside those that stand in their place; `of` is the class that is reported."""
-    by_layer = {name: module for names, module in quantized.items() for name in names}
-    groups: dict[tuple[str, tuple[int, int], bool], list[tuple[tuple[str, ...], nn.Module]]] = {}
-    for names, module in plain.items():
-        kind = " + ".join(name.rpartition(".")[2] for name in names)
-        shape = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-        reported = isinstance(by_layer.get(names[0]), of)
-        groups.setdefault((kind, shape, reported), []).append((names, module))
-    return [
-        _Kind(
-            kind, tuple(name for names, _ in members for name in names), shape,
-            tuple(module for _, module in members),
-            tuple(dict.fromkeys(by_layer[name] for names, _ in members for name in names)),
-            reported,
-        )
-        for (kind, shape, reported), members in groups.items()
-    ]  # fmt: skip
-
-
-def time_variants(
-    variants: Mapping[str, Mapping[str, Callable[[], object]]], *, repeats: int, device: torch.device, blocks: int = 3
-) -> dict[str, dict[str, float]]:
-    """Median seconds of each call of each variant, the variants taking turns for a few rounds of all their calls.
-
-    So the caches hold what they hold while one model generates: its own weights, and of no other variant.
-    """
-    samples: dict[str, dict[str, list[float]]] = {
-        name: {call: [] for call in calls} for name, calls in variants.items()
-    }
-    for _ in range(blocks):
-        for name, calls in variants.items():
-            for call, seconds in time_interleaved(calls, repeats=repeats, warmup=1, device=device).items():
-                samples[name][call] += seconds
-    return {name: {call: Summary.of(s).median for call, s in calls.items()} for name, calls in samples.items()}
 
 
 def _patterns(names: Sequence[str], layers: Mapping[str, object]) -> list[str]:

@@ -13,14 +13,15 @@ from torch import nn
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from optimizer import plan_bench, plan_command
+from optimizer import linear_times, plan_bench, plan_command
 from optimizer.api import optimize
 from optimizer.backends.linear import QuantizedLinear
 from optimizer.candidates import WEIGHTS, Candidate
 from optimizer.cli import app
 from optimizer.errors import OutputError, RecipeError, UsageError
 from optimizer.evals.gate import Floor
-from optimizer.plan_bench import ModelBench, Records, served
+from optimizer.linear_times import served, time_variants
+from optimizer.plan_bench import ModelBench, Records
 from optimizer.plan_command import NoPlanError, base_recipe, describe, document, make_plan, plan_model
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
@@ -97,7 +98,7 @@ def test_each_prediction_was_kept_before_its_try(planned: tuple[plan_command.Pla
 def test_a_second_plan_measures_nothing_again_and_says_the_same(
     planned: tuple[plan_command.Planned, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbid(monkeypatch, "run", "measure_baseline", "measure_generation", "time_variants")
+    forbid(monkeypatch, "run", "measure_baseline", "measure_generation", "time_kinds")
     again = plan_model(load_source(folder), small(), folder=planned[1])
     assert document(again)["plan"]["steps"] == document(planned[0])["plan"]["steps"]
     assert document(again) == document(planned[0])
@@ -138,7 +139,7 @@ def test_a_search_that_was_killed_goes_on_after_the_finished_try(
 ) -> None:
     strict = small({"metric": PERPLEXITY, "at_most": 1e-3})  # nothing holds it, so that the next is tried
     monkeypatch.setattr(
-        plan_bench,
+        linear_times,
         "time_variants",
         lambda variants, **_: {v: dict.fromkeys(calls, 1.0 if v == "plain" else 1e-3) for v, calls in variants.items()},
     )
@@ -183,7 +184,7 @@ def test_layers_that_are_slower_quantized_are_left_out_of_the_recipe(
         """The second kind takes longer quantized, every other half as long."""
         return {v: {c: 2e-4 * (1 if v == "plain" else 1.5 if c == "1" else 0.5) for c in variants[v]} for v in variants}
 
-    monkeypatch.setattr(plan_bench, "time_variants", slow_down)
+    monkeypatch.setattr(linear_times, "time_variants", slow_down)
     found = plan_model(source, small(), folder=tmp_path)
     step = next(step for step in found.plan.steps if step.candidate.name == "int8")
     assert step.kept
@@ -200,6 +201,15 @@ def test_a_part_of_the_layers_of_a_name_is_named_in_full() -> None:
     layers = {f"layers.{i}.{name}": None for i in range(2) for name in ("q_proj", "k_proj")}
     assert plan_bench._patterns(["layers.0.q_proj", "layers.1.q_proj"], layers) == ["q_proj"]
     assert plan_bench._patterns(["layers.0.q_proj"], layers) == ["layers.0.q_proj"]
+
+
+def test_variants_take_turns_so_that_each_finds_its_own_weights_in_the_caches() -> None:
+    log: list[str] = []
+    calls = {v: {c: (lambda name=f"{v}{c}": log.append(name)) for c in "12"} for v in ("a", "b")}
+    found = time_variants(calls, repeats=2, device=torch.device("cpu"))
+    assert {v: set(seconds) for v, seconds in found.items()} == {"a": {"1", "2"}, "b": {"1", "2"}}
+    turns = [name[0] for name in log]
+    assert "".join(turns) == ("a" * 6 + "b" * 6) * linear_times.ROUNDS  # a warm-up and two samples of each call
 
 
 def test_served_products_cover_every_layer_once(source: Source) -> None:
