@@ -250,7 +250,6 @@ ONNXRUNTIME: dict[tuple[int, str], Callable[..., OnnxLinear]] = {
 }
 """What stands for a weight of so many bits and such elements in ONNX Runtime's dialect."""
 
-"""What stands for a weight of so many bits and such elements in ONNX Runtime's dialect."""
 
 TENSORRT: dict[tuple[int, str], Callable[..., OnnxLinear]] = {
     (4, "int"): TensorRTMatMul,
@@ -260,9 +259,6 @@ TENSORRT: dict[tuple[int, str], Callable[..., OnnxLinear]] = {
 """The same for TensorRT."""
 
 DIALECTS = {"onnxruntime": ONNXRUNTIME, "tensorrt": TENSORRT}
-"""The tables by the name of what runs the graph."""
-
-
 """The tables by the name of what runs the graph."""
 
 

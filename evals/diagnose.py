@@ -200,7 +200,7 @@ def _recorded(
     )
     tokens: Tensor = prompts.to(runner.device)
     layers = frozenset(op.name for op in shape.ops)
-    output, rounds = (2, 6) if phase == "prefill" else (min(job.output, PROFILED_TOKENS), 2)
+    output, rounds = (1, 5) if phase == "prefill" else (min(job.output, PROFILED_TOKENS), 2)
     events = record(runner, tokens, output, model, layers, rounds)
     overheads = Overheads(per_event, call_seconds(events) or 0.0)
     spans = windows(events, first=phase == "prefill")

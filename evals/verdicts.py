@@ -16,7 +16,7 @@ from optimizer.evals.crossovers import binding
 from optimizer.evals.memory_probe import SATURATED, MemoryKind
 from optimizer.evals.placement import floor_of
 from optimizer.evals.roofline import Roofline, StepCost
-from optimizer.evals.trace import WORK, Overheads, Split, Term
+from optimizer.evals.trace import Overheads, Split, Term
 
 Phase = Literal["prefill", "decode"]
 Verdict = Literal[
@@ -65,8 +65,8 @@ class Facts:
     @property
     def largest(self) -> Term:
         """The term of work that takes the most; attention and the upkeep of its cache are one."""
-        terms: set[Term] = {*WORK, "unclassified"} - {"kv"}
-        shares = {term: self.share(term) for term in terms}
+        candidates: tuple[Term, ...] = ("matmul", "attention", "elementwise", "communication", "unclassified")
+        shares = {term: self.share(term) for term in candidates}
         shares["attention"] += self.share("kv")
         return max(shares, key=lambda term: shares[term])
 
@@ -108,7 +108,10 @@ def _memory(
         return "memory: bandwidth saturated", why, None
     found = probe() if probe is not None else None
     if found is not None:
-        near = reached is None or reached >= FAR or found.kind != "bandwidth saturated"
+        # Neighbours may have slowed the machine since its ceilings were measured, and the sweep with it.
+        stream = found.points[-1].stream_bytes_per_second if found.points else facts.roofline.bandwidth
+        fast = reached is None or reached * facts.roofline.bandwidth >= SATURATED * stream
+        near = fast or found.kind != "bandwidth saturated"
         why = f"{why}; {found.why}"
         if near:
             verdict: Verdict = f"memory: {found.kind}"  # type: ignore[assignment]

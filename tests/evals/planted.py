@@ -63,11 +63,11 @@ def shape_of(weight_bytes: float, flops: int = 2, *attentions: Attention) -> Mod
 
 
 def launch_bound() -> tuple[Planted, ModelShape]:
-    """Three hundred operations on one element each."""
+    """Two hundred operations on one element each."""
     scalar = torch.zeros(1)
 
     def step() -> None:
-        for _ in range(300):
+        for _ in range(200):
             scalar.add_(1)
 
     return Planted(step), shape_of(4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optimizer.evals.memory_probe import MemoryKind
+from optimizer.evals.memory_probe import MemoryKind, Point
 from optimizer.evals.roofline import Attention, Load, ModelShape, Precision, Roofline, Weights
 from optimizer.evals.trace import Event, Overheads, Split
 from optimizer.evals.verdicts import Facts, judge_phase
@@ -63,6 +63,12 @@ def test_a_sweep_names_the_kind_of_memory_problem(kind):
 def test_a_step_far_from_the_limit_is_not_called_saturated_by_a_sweep():
     verdict, _, _ = judge_phase(facts(matmul=90, launch=1), lambda: MemoryKind("bandwidth saturated", "", ()))
     assert verdict == "implementation"
+
+
+def test_a_machine_that_slowed_down_is_judged_by_its_stream_of_that_moment():
+    slow = MemoryKind("bandwidth saturated", "", (Point(1, 1e9, 1e9), Point(100, 1e9, 1.2e9)))
+    verdict, _, _ = judge_phase(facts(matmul=90, launch=1), lambda: slow)  # 1.1 GB/s, where a stream does 1.2
+    assert verdict == "memory: bandwidth saturated"
 
 
 def test_the_sweep_is_not_run_where_it_decides_nothing():
