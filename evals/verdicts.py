@@ -110,7 +110,7 @@ def _memory(
     if found is not None:
         # Neighbours may have slowed the machine since its ceilings were measured, and the sweep with it.
         stream = found.points[-1].stream_bytes_per_second if found.points else facts.roofline.bandwidth
-        fast = reached is None or reached * facts.roofline.bandwidth >= SATURATED * stream
+        fast = reached is None or reached >= FAR or reached * facts.roofline.bandwidth >= SATURATED * stream
         near = fast or found.kind != "bandwidth saturated"
         why = f"{why}; {found.why}"
         if near:
