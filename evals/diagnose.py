@@ -25,7 +25,7 @@ from optimizer.evals.placement import Placed, place
 from optimizer.evals.profiling import event_seconds, named_kernels, record
 from optimizer.evals.roofline import ModelShape, Precision, Roofline, StepCost
 from optimizer.evals.runner import Runner
-from optimizer.evals.timing import Workload, measure_generation
+from optimizer.evals.timing import Summary, Workload, measure_generation
 from optimizer.evals.trace import TERM_NAMES, Overheads, Split, call_seconds, merged, scaled, split, windows
 from optimizer.evals.verdicts import Facts, Phase, Verdict, judge_phase
 
@@ -44,7 +44,8 @@ class PhaseDiagnosis:
 
     `tokens_or_context` is the prompt length of a prefill, or the tokens a row that a decode step sees. `terms` are
     seconds and sum to `seconds`, the unprofiled time of the step; `profiled_seconds` is what it took while it was
-    recorded. `binds` names the term that comes first, `unclassified` what no pattern of `trace.TERMS` matches.
+    recorded, and `spread` are the 10th and 90th percentiles without. `binds` names the term that comes first,
+    `unclassified` what no pattern of `trace.TERMS` matches.
     """
 
     phase: Literal["prefill", "decode"]
@@ -61,6 +62,7 @@ class PhaseDiagnosis:
     layers: tuple[Placed, ...]
     binds: str
     profiled_seconds: float
+    spread: tuple[float, float]
     memory: MemoryKind | None = None
     unclassified: tuple[str, ...] = ()
 
@@ -107,7 +109,7 @@ def diagnose(
     context: int | None = None,
     shape: ModelShape | None = None,
     probe: Probe | None = None,
-    repeats: int = 3,
+    repeats: int = 5,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Diagnosis:
@@ -142,10 +144,12 @@ def diagnose(
     situations, phases = [], []
     with named_kernels():
         for index, (phase, job) in enumerate(jobs.items()):
-            seconds = _seconds(runner, job, phase, repeats, seed)
+            times = _seconds(runner, job, phase, repeats, seed)
             average, wall, overheads = _recorded(runner, job, phase, shape, model, per_event, seed)
-            facts = _facts(phase, scaled(average, seconds), job, context, shape, ceilings, roofline_peak, overheads)
-            found = _diagnosed(facts, shape, model, probe, wall, runner.device, ceilings.bandwidth)
+            facts = _facts(
+                phase, scaled(average, times.median), job, context, shape, ceilings, roofline_peak, overheads
+            )
+            found = _diagnosed(facts, shape, model, probe, (wall, times), runner.device, ceilings.bandwidth)
             phases.append(found)
             seconds_of = {layer.name: layer.seconds for layer in found.layers}
             situations.append(Situation(facts, shape, ceilings.matmul_flops, seconds_of))
@@ -180,10 +184,10 @@ def _shape_of(runner: Runner, model: nn.Module) -> ModelShape:
     return shape.cached_as(Precision(max(1, round(8 * shape.element_bytes * kept / plain))))
 
 
-def _seconds(runner: Runner, job: Workload, phase: Phase, repeats: int, seed: int) -> float:
-    """The unprofiled time of the phase."""
+def _seconds(runner: Runner, job: Workload, phase: Phase, repeats: int, seed: int) -> Summary:
+    """The unprofiled times of the phase."""
     timing = measure_generation({"runner": runner}, job, repeats=repeats, seed=seed)["runner"]
-    return timing.ttft.median if phase == "prefill" else timing.tpot.median
+    return timing.ttft if phase == "prefill" else timing.tpot
 
 
 def _recorded(
@@ -219,7 +223,7 @@ def _facts(
 
 
 def _diagnosed(
-    facts: Facts, shape: ModelShape, model: nn.Module | None, probe: Probe | None, wall: float,
+    facts: Facts, shape: ModelShape, model: nn.Module | None, probe: Probe | None, measured: tuple[float, Summary],
     device: torch.device, bandwidth: Callable[[float], float],
 ) -> PhaseDiagnosis:  # fmt: skip
     """Place, judge, and put together."""
@@ -243,7 +247,7 @@ def _diagnosed(
         {term: facts.split.terms.get(term, 0.0) for term in TERM_NAMES}, verdict, why, facts.floor_seconds,
         cost.flops / (seconds * facts.roofline.peak_flops),
         cost.required_bytes / (seconds * facts.roofline.bandwidth), tuple(kernels), tuple(layers),
-        _binds(verdict, cost, facts.roofline), wall, memory, unclassified,
+        _binds(verdict, cost, facts.roofline), measured[0], (measured[1].p10, measured[1].p90), memory, unclassified,
     )  # fmt: skip
 
 

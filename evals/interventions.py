@@ -13,13 +13,14 @@ from typing import Any
 
 from optimizer.evals.arithmetic import amdahl_seconds
 from optimizer.evals.placement import MATMUL_KINDS, floor_of
-from optimizer.evals.roofline import ModelShape, Precision
+from optimizer.evals.roofline import ModelShape, Precision, Weights
 from optimizer.evals.trace import Term
 from optimizer.evals.verdicts import Facts, Phase
 
 COMPILE_REMOVES: Mapping[str, float] = {"launch": 0.8, "elementwise": 0.7}
 GOOD_KERNEL = 0.8  # of its roofline: what a good kernel reaches
 OWN_KERNEL = 0.5  # of its roofline: what the kernels for quantized weights reach at least
+UNQUANTIZED = 1.9  # bytes a weight
 SMALLER = 0.9  # of the bytes now: weights that would shrink less are as small already, but for their scales
 WORTH = 1.02  # smaller gains are not named
 
@@ -88,7 +89,10 @@ def _cache_in_place(s: Situation) -> Mapping[str, float]:
 
 
 def _fewer_weight_bytes(precision: Precision) -> Effect:
-    """Linears that would be stored smaller, on kernels that reach what these reach, or at least `OWN_KERNEL`."""
+    """Linears that would be stored smaller, on kernels as near to their roofline as these.
+
+    Kernels for quantized weights are this package's own; where those are not in use yet, at least `OWN_KERNEL` is.
+    """
 
     def effect(s: Situation) -> Mapping[str, float]:
         roofline = s.facts.roofline
@@ -103,7 +107,11 @@ def _fewer_weight_bytes(precision: Precision) -> Effect:
         else:
             everything = sum(op.weight_bytes for op in s.facts.cost.ops if op.kind in MATMUL_KINDS)
             seconds = s.facts.split.terms.get("matmul", 0.0) * before / everything
-        reached = min(1.0, max(OWN_KERNEL, roofline.seconds(flops, before) / seconds if seconds else 1.0))
+        names = {op.name for op in changed}
+        stored = [op for op in s.shape.ops if isinstance(op, Weights) and op.name in names]
+        plain = all(op.weight_bytes >= UNQUANTIZED * op.rows * op.columns for op in stored)
+        least = OWN_KERNEL if plain else 0.0  # what is quantized already runs on such a kernel, and shows what it does
+        reached = min(1.0, max(least, roofline.seconds(flops, before) / seconds if seconds else 1.0))
         return s.removable("matmul", seconds - roofline.seconds(flops, after) / reached)
 
     return effect
@@ -170,12 +178,12 @@ CANDIDATES: tuple[Candidate, ...] = (
     ),
     Candidate(
         "int8 weights", ("prefill", "decode"),
-        "half the weight bytes, on kernels as near to their roofline as now, or half-way",
+        "half the weight bytes, on kernels as near to their roofline as now; half-way at least where these are 16-bit",
         ({"name": "quantize", "bits": 8, "group_size": -1},), _fewer_weight_bytes(Precision(8, None, 16)), True,
     ),
     Candidate(
         "int4 weights", ("prefill", "decode"),
-        "a quarter of the weight bytes, on kernels as near to their roofline as now, or half-way",
+        "4.1 bits a weight, on kernels as near to their roofline as now; half-way at least where these are 16-bit",
         ({"name": "quantize", "bits": 4, "group_size": 128},), _fewer_weight_bytes(Precision(4, 128, 16)), True,
     ),
     Candidate(

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 KERNELS, LAYERS = 12, 8
 """Rows that people are shown of each; JSON holds all."""
 
+DISTURBED = 1.5
+"""p90 over p10 of a step beyond which people are told that the machine was not quiet."""
+
 TERM_WORDS = {
     "matmul": "matrix multiplies", "attention": "attention", "elementwise": "element-wise, norms, copies",
     "kv": "key-value cache upkeep", "communication": "communication", "launch": "launch and gaps",
@@ -109,6 +112,12 @@ def _phase(phase: PhaseDiagnosis) -> list[Any]:
         f"  (split of a profiled step of {phase.profiled_seconds * 1e3:.3f} ms, stretched to the unprofiled one)",
     ]
     terms = sorted(((t, s) for t, s in phase.terms.items() if s > 0), key=lambda item: -item[1])
+    low, high = phase.spread
+    if high > DISTURBED * low:
+        parts.append(
+            f"  DISTURBED: without a profiler it took {low * 1e3:.3f} to {high * 1e3:.3f} ms (p10 to p90). Something else "
+            "uses this machine, or its threads are too many; repeat before acting on shares below"
+        )
     rows = [(TERM_WORDS[t], f"{s * 1e3:.3f}", f"{s / step:.0%}", "█" * round(30 * s / step)) for t, s in terms]
     parts.append(_table(("term", "ms", "share", ""), rows, right=(1, 2)))
     parts.append(_placed("kernel", phase.kernels[:KERNELS], step))

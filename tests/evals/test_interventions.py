@@ -74,6 +74,17 @@ def test_weights_that_are_small_already_are_not_proposed_again():
     assert "int4 weights" in names
 
 
+def test_quantized_kernels_that_are_slow_stay_as_slow():
+    int8 = SHAPE.stored_as(Precision(8, None, 32))
+    now = int8.step(Load(1, 1)).weight_bytes / 1e10 / 0.2  # 20 % of the roofline
+    found = proposed(situation(shape=int8, matmul=1e3 * now))
+    share = Precision(4, 128, 16).bytes(1000, 50_000) / Precision(8, None, 32).bytes(1000, 50_000)
+    assert found["decode", "int4 weights"].predicted_seconds == pytest.approx(now * share, rel=1e-6)
+    found = proposed(situation(matmul=50))  # 16 bits at 20 %: other kernels, at half their roofline
+    share = Precision(8, None, 16).bytes(1000, 50_000) / 1e8
+    assert found["decode", "int8 weights"].predicted_seconds == pytest.approx(0.010 * share / 0.5, rel=1e-6)
+
+
 def test_where_computing_binds_fewer_bytes_are_not_proposed():
     names = {name for _, name in proposed(situation("prefill", tokens=1000, matmul=1500))}
     assert not {"int8 weights", "int4 weights"} & names
