@@ -115,8 +115,8 @@ def _phase(phase: PhaseDiagnosis) -> list[Any]:
     low, high = phase.spread
     if high > DISTURBED * low:
         parts.append(
-            f"  DISTURBED: without a profiler it took {low * 1e3:.3f} to {high * 1e3:.3f} ms (p10 to p90). Something else "
-            "uses this machine, or its threads are too many; repeat before acting on shares below"
+            f"  DISTURBED: without a profiler it took {low * 1e3:.3f} to {high * 1e3:.3f} ms (p10 to p90), so "
+            "something else uses this machine; repeat before acting on the shares below"
         )
     rows = [(TERM_WORDS[t], f"{s * 1e3:.3f}", f"{s / step:.0%}", "█" * round(30 * s / step)) for t, s in terms]
     parts.append(_table(("term", "ms", "share", ""), rows, right=(1, 2)))

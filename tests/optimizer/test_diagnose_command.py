@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 
 from optimizer import diagnose_command
 from optimizer.cli import app
-from optimizer.evals import ceilings
+from optimizer.evals import ceilings, verdicts
 from optimizer.evals.diagnose import Diagnosis
 from optimizer.evals.interventions import Intervention
+from optimizer.evals.memory_probe import SATURATED
+from optimizer.evals.trace import HOST_GAP_SECONDS, TERM_NAMES
+from optimizer.evals.verdicts import Verdict
 from tests.optimizer.small_jobs import CEILINGS, recipe
 from tests.optimizer.tiny_models import tiny_llama
 
@@ -74,8 +77,10 @@ def test_people_read_the_same(model: Path, tmp_path: Path) -> None:
                  "Where the bottleneck moves:", "Next, by what a whole request saves", "attainable"):  # fmt: skip
         assert part in ran.stdout, part
     step = float(re.search(r"decode, batch 1, context 11: ([\d.]+) ms", ran.stdout)[1])  # type: ignore[index]
-    terms = ran.stdout.split("decode, batch 1")[1].split("kernel")[0]
-    parts = [float(line) for line in re.findall(r"([\d.]+) +\d+%", terms.split("share")[1])]
+    terms = ran.stdout.split("decode, batch 1")[1]
+    parts = [
+        float(line) for line in re.findall(r"([\d.]+) +\d+%", re.split(r"term +ms +share", terms)[1].split("kernel")[0])
+    ]
     assert sum(parts) == pytest.approx(step, abs=0.004)
     assert "LAUNCH-BOUND" in page.read_text(encoding="utf-8")
 
@@ -126,6 +131,37 @@ def test_passes_that_a_recipe_has_are_no_news() -> None:
     assert diagnose_command._passes(merge, there) == "in the recipe already"
     assert diagnose_command._passes(kv, there) == "decode(cache=paged, kv=int8)"
     assert diagnose_command._passes(merge, []) == "merge_linears + fuse"
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs/diagnose.md").read_text(encoding="utf-8")
+
+
+def test_the_document_explains_every_term_and_verdict() -> None:
+    for word in (*TERM_NAMES, *get_args(Verdict)):
+        assert f"| `{word}` |" in DOCUMENT, word
+    assert set(re.findall(r"^\| `(.*?)` \|", DOCUMENT, re.MULTILINE)) == {*TERM_NAMES, *get_args(Verdict)}
+
+
+def test_the_document_states_the_rules_that_the_code_follows() -> None:
+    assert f"more than {verdicts.HOST:.0%}".replace("%", " %") in DOCUMENT
+    assert f"more than {verdicts.MUCH:.0%}".replace("%", " %") in DOCUMENT
+    assert f"at least {verdicts.NEAR:.0%}".replace("%", " %") in DOCUMENT
+    assert f"{HOST_GAP_SECONDS * 1e3:g} ms" in DOCUMENT
+    assert verdicts.SHORT_CALLS == 10
+    assert SATURATED == 0.5
+
+
+def test_every_term_of_the_documents_example_adds_up() -> None:
+    example = DOCUMENT.split("## Example")[1]
+    for phase in ("prefill", "decode"):
+        step = re.search(rf"^{phase}, batch .*?: ([\d.]+) ms", example, re.MULTILINE)
+        assert step
+        table = re.split(r"term +ms +share", example[step.end() :])[1].split("kernel")[0]
+        parts = [float(value) for value in re.findall(r"([\d.]+) +\d+%", table)]
+        assert sum(parts) == pytest.approx(float(step[1]), abs=0.0006 * len(parts))
+    for phase, then, gain in re.findall(r"(prefill|decode) {2,}\S.*? {2,}([\d.]+) +([\d.]+)×", example):
+        before = float(re.search(rf"^{phase}, batch .*?: ([\d.]+) ms", example, re.MULTILINE)[1])  # type: ignore[index]
+        assert before / float(then) == pytest.approx(float(gain), rel=0.02)
 
 
 def test_nothing_to_do_is_said(document: dict[str, Any]) -> None:
