@@ -106,7 +106,8 @@ class Result:
     def save_lm_eval(self, folder: str | Path) -> list[Path]:
         """Write both evaluations as lm-eval does, `<folder>/<model>/results_*.json` and `samples_*.jsonl`.
 
-        The optimized model is named after the source and the recipe.
+        The optimized model is named after the source and the recipe. A baseline that an earlier run measured has no
+        samples, and is not written.
         """
         outcome, spec = self.outcome, self.outcome.recipe.evaluation
         options = {"batch_size": spec.batch_size, "device": str(self.model.device), **seeds(spec.seed)}
@@ -116,9 +117,10 @@ class Result:
             (name, f"{name}-{outcome.recipe.name}"), outcome.quality, ("baseline quality", "optimized quality"),
             strict=True,
         ):  # fmt: skip
-            written += save_lm_eval_results(
-                result, Path(folder), model=variant, options=options, seconds=costs.get(phase)
-            )
+            if result.samples:
+                written += save_lm_eval_results(
+                    result, Path(folder), model=variant, options=options, seconds=costs.get(phase)
+                )
         return written
 
 

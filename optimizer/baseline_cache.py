@@ -154,6 +154,8 @@ def rests_on(original: BaseRunner, source: Source, recipe: Recipe, calibration: 
         "dtype": str(original.dtype),
         "calibration": None if calibration is None else _file_digest(calibration),
         "evaluation": recipe.evaluation.model_dump(mode="json"),
+        # The slices of a sequential evaluation, and with them its few-shot prompts, follow from the floors.
+        "floors": [f.model_dump(mode="json") for f in recipe.floors] if recipe.evaluation.sequential else None,
         "task_files": {str(path): _file_digest(path) for path in tasks},
         "batch": recipe.workload.batch,
         "window": WINDOW,

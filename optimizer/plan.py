@@ -391,7 +391,8 @@ def with_quality(floors: Sequence[Floor], quality: float) -> list[Floor]:
     """The floors with those of quality set to keep the share `quality` of the original.
 
     A perplexity may grow to 1 / `quality` of it. A recovery must reach `quality`, or what it was set to if that is
-    less: an interval over few items is wide, and the floor allows for it.
+    less: an interval over few items is wide, and the floor allows for it. So may a loss be 1 − `quality`, and a
+    divergence ln(1 / `quality`) nats, the same growth of perplexity, or what they were set to if that is more.
     """
     if not 0 < quality <= 1:
         raise UsageError(f"--quality is {quality}; it is the share of quality to keep, above 0 and at most 1.")
@@ -399,8 +400,11 @@ def with_quality(floors: Sequence[Floor], quality: float) -> list[Floor]:
     def changed(floor: Floor) -> Floor:
         if not floor.metric.startswith("quality."):
             return floor
-        if floor.at_most is not None:
+        if floor.at_most is not None and floor.metric.endswith(".ratio"):
             return replace(floor, at_most=1 / quality)
+        if floor.at_most is not None:
+            given_up = -math.log(quality) if floor.metric.startswith("quality.kl.") else 1 - quality
+            return replace(floor, at_most=max(given_up, floor.limit))
         return replace(floor, at_least=min(quality, floor.limit))
 
     return [changed(floor) for floor in floors]

@@ -18,6 +18,7 @@ from optimizer.plan import Plan, Search, objective_of, with_quality
 from optimizer.plan_bench import ModelBench, Records
 from optimizer.plan_entry import PlanEntry, PlanStepEntry, plan_entry
 from optimizer.progress import Progress
+from optimizer.quality_looks import floors_of
 from optimizer.recipe import Recipe
 from optimizer.report_units import PERCENT, SECONDS
 from optimizer.source import Source, load_source
@@ -74,7 +75,7 @@ def base_recipe(
     same metric.
     """
     base = Recipe.load("default" if recipe == AUTO else recipe)
-    floors = [Floor(f.metric, f.at_least, f.at_most, f.bound) for f in base.floors]
+    floors = floors_of(base)
     if recipe == AUTO:
         floors = [floor for floor in floors if floor.metric.startswith("quality.")] + list(SPEED_FLOORS)
     if quality is not None:
@@ -101,8 +102,8 @@ def plan_model(
     bench = ModelBench(source, base, calibration, progress, Records())
     with bench.resumable(folder) if folder is not None else nullcontext():
         search = Search(
-            bench, candidates(), [Floor(f.metric, f.at_least, f.at_most, f.bound) for f in base.floors],
-            objective_of(goals, base.workload.output), base.workload.output, 60 * minutes, tell=progress.said,
+            bench, candidates(), floors_of(base), objective_of(goals, base.workload.output), base.workload.output,
+            60 * minutes, tell=progress.said,
         )  # fmt: skip
         return Planned(search.run(), bench)
 

@@ -28,6 +28,7 @@ from optimizer.pipeline import Baseline, Outcome, run
 from optimizer.probe import QualityProbe, Reverts, quality_floors
 from optimizer.probe_speed import TIMES, SpeedProbe
 from optimizer.progress import Progress
+from optimizer.quality_looks import floors_of
 from optimizer.recipe import Recipe
 from optimizer.refusal import Attempt, Refusal
 from optimizer.source import Source
@@ -161,7 +162,7 @@ class _Repair:
             if probe.measure(mend).holds:
                 found.setdefault(mend)
         sizes = {reverts: probe.sizes(reverts) for reverts in found}
-        floors = [f for f in _floors(self.recipe) if f.metric in ("weights.ratio", "weights.bytes", "kv.ratio")]
+        floors = [f for f in floors_of(self.recipe) if f.metric in ("weights.ratio", "weights.bytes", "kv.ratio")]
         small = []
         for reverts, size in sizes.items():
             missed = [v for v in judge(floors, size).floors if not v.passed] if floors else []
@@ -294,10 +295,6 @@ class _Repair:
             self.refusal.notes.append(text)
 
 
-def _floors(recipe: Recipe) -> list[Floor]:
-    return [Floor(f.metric, f.at_least, f.at_most, f.bound) for f in recipe.floors]
-
-
 def _order(revert: Revert) -> tuple[int, str]:
     return revert.place, revert.name
 
@@ -308,6 +305,6 @@ def _words(reverts: Reverts) -> str:
 
 def _merit(outcome: Outcome) -> float:
     """How fast a candidate is: by the recipe's first floor on speed, or by decoding."""
-    floor = next((f for f in _floors(outcome.recipe) if f.metric in TIMES), Floor("decode.speedup", at_least=0.0))
+    floor = next((f for f in floors_of(outcome.recipe) if f.metric in TIMES), Floor("decode.speedup", at_least=0.0))
     value = outcome.evidence[floor.metric].value
     return value if floor.at_least is not None else -value

@@ -402,6 +402,9 @@ def test_quality_sets_what_perplexity_may_grow_to_and_loosens_a_recovery_no_furt
     assert found[1].at_least == 0.9
     assert found[2] == FASTER
     assert with_quality(floors, 0.99)[1].at_least == 0.93
+    others = [Floor("quality.t.acc.loss", at_most=0.04), Floor("quality.kl.mean", at_most=0.002)]
+    assert [f.at_most for f in with_quality(others, 0.9)] == [pytest.approx(0.1), pytest.approx(0.10536, rel=1e-4)]
+    assert [f.at_most for f in with_quality(others, 0.999)] == [0.04, 0.002]
     for wrong in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(UsageError, match="share of quality"):
             with_quality(floors, wrong)
