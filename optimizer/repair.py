@@ -113,9 +113,10 @@ class _Repair:
         self.refusal.findings += [self.layer_finding] if self.layer_finding else []
         self.refusal.notes += self.expected
         if not self.refusal.complete:
+            blamed = any(finding.guilty for finding in self.refusal.findings)
+            start = "another suspect may be to blame as well" if blamed else "nothing could be blamed"
             self._note(
-                f"not everything was tried within repair_minutes {self.recipe.repair_minutes:g}, so another suspect "
-                "may be to blame as well: give more"
+                f"{start}: not everything was tried within repair_minutes {self.recipe.repair_minutes:g}; give more"
             )
         return replace(best, refusal=self.refusal)
 

@@ -50,6 +50,11 @@ class FindingEntry(_Entry):
         return (" × " if self.kind == "pair" else ", ").join(shown)
 
     @property
+    def without_shown(self) -> str:
+        """The metric without it, or how many times as fast the job then is; empty where that was not measured."""
+        return "" if self.without is None else self.without.measured + (" × as fast" if self.kind == "time" else "")
+
+    @property
     def sentence(self) -> str:
         """What a guilty one did."""
         without = None if self.without is None else self.without.measured
