@@ -143,22 +143,27 @@ def _describe(variant: Variant, workload: Workload) -> VariantEntry:
     )  # fmt: skip
     if (runner := variant.runner) is None:
         return entry
-    model: Any = runner.model
-    held = weight_bytes(model)
+    model: Any = _module(runner)
+    held = runner.bytes_per_step(1, 0) if model is None else weight_bytes(model)
     per_token = int(runner.kv_bytes_per_token)
     tokens = workload.batch * (workload.prompt + workload.output)
-    entry.architecture = type(model).__name__
-    entry.format = _formats(runner)
+    entry.architecture = type(model).__name__ if model is not None else (runner.config.architectures or [""])[0]
+    entry.format = "" if model is None else _formats(model, runner.dtype)
     entry.kernels = dict(runner.ledger.kernel_counts())
     entry.weights_bytes, entry.kv_bytes_per_token = held, per_token
     entry.memory_bytes = held + tokens * per_token
     return entry
 
 
-def _formats(runner: BaseRunner) -> str:
+def _module(runner: BaseRunner) -> Any:
+    """The runner's PyTorch module; None for what was exported, which has none."""
+    return getattr(runner, "model", None)
+
+
+def _formats(model: Any, dtype: torch.dtype) -> str:
     """The formats of the linear layers, most frequent first."""
-    plain = str(runner.dtype).removeprefix("torch.")
-    schemes = [stored_scheme(module) for module in linear_layers(runner.model).values()]
+    plain = str(dtype).removeprefix("torch.")
+    schemes = [stored_scheme(module) for module in linear_layers(model).values()]
     counts = Counter(plain if scheme is None else scheme.name for scheme in schemes)
     return ", ".join(f"{name} ×{count}" if len(counts) > 1 else name for name, count in counts.most_common())
 
@@ -189,7 +194,8 @@ def _speed(
         entry.speed = GenerationStats(
             ttft_seconds=Percentiles(p50=timing.ttft.p50, p95=timing.ttft.p95),
             tpot_seconds=Percentiles(p50=timing.tpot.p50, p95=timing.tpot.p95, p99=timing.tpot.p99),
-            tokens_per_second=timing.tokens_per_second, mbu=phases["decode"].mbu, mfu=phases["prefill"].mfu,
+            tokens_per_second=timing.tokens_per_second, mbu=phases["decode"].mbu if phases else None,
+            mfu=phases["prefill"].mfu if phases else None,
         )  # fmt: skip
         entry.decode_tokens_per_second = timing.decode_tokens_per_second
         entry.roofline = [_point(workload, phase, at, name == first) for phase, at in phases.items()]
@@ -207,7 +213,9 @@ def _ratio(before: Sequence[float], after: Sequence[float]) -> Ratio:
 
 
 def _phases(runner: BaseRunner, timing: GenerationTiming, ceilings: Ceilings) -> dict[str, Phase]:
-    """Prefill and decode on the roofline, as `pipeline.measure_speed` places them."""
+    """Prefill and decode on the roofline, as `pipeline.measure_speed` places them; nothing without a module."""
+    if _module(runner) is None:
+        return {}
     shape, workload = from_module(runner.model), timing.workload
     dtype = str(runner.dtype).removeprefix("torch.")
     peak = max(rate for name, rate in ceilings.matmul_flops.items() if name in (dtype, "float32"))
@@ -312,8 +320,10 @@ def _endpoint_serving(
 
 def _layers(local: Mapping[str, BaseRunner], progress: Progress) -> tuple[list[LayerError], list[str], int]:
     """Every layer of each local variant against the first local one's."""
+    without = [f"{name} was exported: its layers cannot be read." for name, r in local.items() if _module(r) is None]
+    local = {name: runner for name, runner in local.items() if _module(runner) is not None}
     if len(local) < 2:
-        return [], [], 0
+        return [], without, 0
     (_, base), *others = local.items()
     length = min(PASSAGE, base.max_context)
     with progress.phase("layers"):
@@ -333,7 +343,7 @@ def _layers(local: Mapping[str, BaseRunner], progress: Progress) -> tuple[list[L
                     output_error=item.output,
                 )
             )
-    return entries, notes, tokens.numel()
+    return entries, [*notes, *without], tokens.numel()
 
 
 def _costs(entries: Mapping[str, VariantEntry], price: float | None) -> None:

@@ -163,6 +163,27 @@ def _open_artifact(name: str, options: Options) -> Variant:
     )  # fmt: skip
 
 
+def _is_export(name: str) -> bool:
+    from optimizer.export_command import is_export
+
+    folder = _folder(name)
+    return folder is not None and is_export(folder)
+
+
+def _open_export(name: str, options: Options) -> Variant:
+    from optimizer.export_command import load_export
+
+    folder = Path(name).expanduser()
+    runner = load_export(folder, device=options.device)
+    manifest = read_manifest(folder)
+    stored = sum(record.bytes for path, record in manifest.files.items() if not path.endswith(".json"))
+    note = f"Exported from {manifest.source.name}, run by {type(runner).__name__}."
+    return Variant(
+        folder.resolve().name, name, "export", runner, digest=manifest.digest, stored_bytes=stored,
+        verdict=manifest.verdict, notes=(note,),
+    )  # fmt: skip
+
+
 def _open_quantized(name: str, options: Options) -> Variant:
     from optimizer.api import load
     from optimizer.inspection import inspect_checkpoint
@@ -198,11 +219,12 @@ def _weight_files(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-_ONNX = "an ONNX model, which needs export support that this version does not have"
-_TENSORRT = "a TensorRT engine, which needs export support that this version does not have"
+_ONNX = "an ONNX model that `optimizer export` did not write, whose inputs are not known"
+_TENSORRT = "a TensorRT engine, and this package has no runner for one yet"
 
 OPENERS = (
     Opener("endpoint", is_endpoint, _open_endpoint),
+    Opener("export", _is_export, _open_export),
     Opener("artifact", _is_artifact, _open_artifact),
     Opener("onnx", lambda name: _holds(name, "*.onnx") and not _holds(name, "*.safetensors"), None, _ONNX),
     Opener("tensorrt", lambda name: _holds(name, *_ENGINES), None, _TENSORRT),
