@@ -54,7 +54,7 @@ TERMS: tuple[tuple[str, Term], ...] = (  # the first pattern found in a lower-ca
         "launch",
     ),
     (
-        r"(^|::)(\w*(add|sub|mul|div|neg|pow|sqrt|exp|log|abs|sin|cos|tanh|sigmoid|erf|silu|gelu|relu|reciprocal|clamp|round"
+        r"(^|::)(\w*(add|sub|mul|div|divide|neg|pow|sqrt|exp|log|abs|sin|cos|tanh|sigmoid|erf|silu|gelu|relu|reciprocal|clamp|round"
         r"|floor|ceil|trunc|sign|maximum|minimum|lerp|fma|hypot|remainder|fmod)_?|sum|mean|var|std|var_mean|prod|amax"
         r"|amin|max|min|any|all|argmax|argmin|topk|sort|cumsum|cumprod|norm|linalg_vector_norm|copy_|clone|cat|stack"
         r"|concat|repeat|repeat_interleave|roll|flip|where|masked_fill_?|fill_|zero_|zeros\w*|ones\w*|full\w*|new_zeros"

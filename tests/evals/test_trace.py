@@ -51,6 +51,7 @@ def micros(found):
         ("aten::cat", "elementwise"), ("aten::argmax", "elementwise"), ("optimizer::rms_norm", "elementwise"),
         ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"), ("aten::copy_", "elementwise"),
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "communication"), ("c10d::allreduce_", "communication"),
+        ("aten::floor_divide", "elementwise"),
         ("aten::view", "launch"), ("aten::empty_strided", "launch"), ("aten::_to_copy", "launch"),
         ("detach_", "launch"),
         ("mylib::mystery", "unclassified"),
