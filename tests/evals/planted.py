@@ -106,11 +106,11 @@ def saturated() -> tuple[Planted, ModelShape, Probe]:
 
 
 def locality_lost() -> tuple[Planted, ModelShape, Probe]:
-    """Eight products with one matrix that no cache holds, where one pass would do."""
-    return _matvec(passes=8)
+    """Four products with one matrix that no cache holds, where one pass would do."""
+    return _matvec(passes=4)
 
 
-def _matvec(passes: int, full: int = 96 * MIB) -> tuple[Planted, ModelShape, Probe]:
+def _matvec(passes: int, full: int = 64 * MIB) -> tuple[Planted, ModelShape, Probe]:
     def operation_at(size: int) -> Operation:
         matrix, vector = torch.randn(max(1, size // (4 * COLUMNS)), COLUMNS), torch.randn(COLUMNS)
 
@@ -123,7 +123,7 @@ def _matvec(passes: int, full: int = 96 * MIB) -> tuple[Planted, ModelShape, Pro
     return Planted(operation_at(full).run), shape_of(full), Probe(operation_at, full)
 
 
-def irregular(full: int = 96 * MIB) -> tuple[Planted, ModelShape, Probe]:
+def irregular(full: int = 64 * MIB) -> tuple[Planted, ModelShape, Probe]:
     """Single elements from anywhere in a table far larger than any cache."""
 
     def operation_at(size: int) -> Operation:
