@@ -14,7 +14,7 @@ import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from optimizer import export_command
+from optimizer import compare, export_command
 from optimizer.api import load
 from optimizer.artifact import ManifestInfo, SourceRecord, read_manifest, write_artifact
 from optimizer.backends import onnx_runner
@@ -25,8 +25,10 @@ from optimizer.checkpoint import save_checkpoint
 from optimizer.cli import app
 from optimizer.errors import ArtifactError, DeviceError, OutputError, PassError, UsageError
 from optimizer.evals.runner import Runner
+from optimizer.evals.timing import Workload
 from optimizer.export_command import export_model, genai_config, rehearse
 from optimizer.quant.formats import Format, Scheme
+from optimizer.variants import Options, find_opener
 from tests.optimizer.quantized_models import fresh_llama, quantize
 from tests.optimizer.tiny_models import byte_tokenizer, tiny_llama
 
@@ -353,3 +355,13 @@ def test_the_page_on_export_says_what_the_code_does() -> None:
         options = {option for parameter in get_command(app).commands[name].params for option in parameter.opts}
         assert {word for word in rest if word.startswith("--")} <= options
     assert f"Opset {OPSET}." in page
+
+
+def test_an_export_can_be_compared(folders: Any) -> None:
+    variant = find_opener(str(folders[1]))(str(folders[1]), Options(device="cpu"))
+    assert variant.kind == "export"
+    assert isinstance(variant.runner, OnnxRunner)
+    entry = compare._describe(variant, Workload(1, 8, 4))
+    assert entry.architecture == "LlamaForCausalLM"
+    assert entry.weights_bytes == variant.runner.bytes_per_step(1, 0)
+    assert sum(entry.kernels.values()) == len(folders[2]["kernels"])
