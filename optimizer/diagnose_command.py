@@ -61,6 +61,7 @@ def optimized_runner(
 ) -> BaseRunner:
     """The runner that a recipe makes of a model, without measuring or judging it."""
     from optimizer.calibration import load_calibration
+    from optimizer.checkpoint import find_layout
     from optimizer.passes.base import Context
     from optimizer.pipeline import apply_passes, choose_device
     from optimizer.recipe import Recipe
@@ -72,7 +73,10 @@ def optimized_runner(
     passes, data = chosen.build_passes(), None
     if any(getattr(step, "calibrates", False) for step in passes):
         data = load_calibration(None, source.tokenizer, source.model.config, chosen.calibration)
-    context = Context(tokenizer=source.tokenizer, batch=batch, progress=progress.update, calibration=data)
+    context = Context(
+        tokenizer=source.tokenizer, batch=batch, progress=progress.update, calibration=data,
+        scale_dtype=find_layout(chosen.layout).scale_dtype,
+    )  # fmt: skip
     apply_passes(source.model, passes, context, progress)
     return context.make_runner(source.model, source.tokenizer)
 
