@@ -1,4 +1,4 @@
-"""Linear modules that run on our ops: quantized, merged, and dense bfloat16 for processors without bfloat16 GEMM.
+"""Linear modules that run on our ops: quantized, merged, and dense bfloat16.
 
 Each takes the place of an `nn.Linear` under the same name. `weight_bytes` is what a forward pass must read, scales
 and zero points included; `kernel` names what runs it. Passes build these; the artifact writer reads them back
@@ -25,6 +25,9 @@ from optimizer.quant.formats import BLOCK as SCALE_BLOCK
 from optimizer.quant.formats import ActivationFormat, Scheme
 from optimizer.quant.packing import pack_nibbles, unpack_nibbles
 from optimizer.quant.weight import QuantizedWeight
+
+ONEDNN_FEATURES = 1024
+"""Input features from which oneDNN's bfloat16 instructions beat our kernel for 3 to 7 rows."""
 
 
 def kernel_name(op: str, device: torch.device, *, compiled: bool = True) -> str:
@@ -215,7 +218,13 @@ def _op_name(scheme: Scheme) -> str:
 
 
 class DenseLinear(nn.Module):
-    """An `nn.Linear` in bfloat16 run by `optimizer::bf16_linear`; shares the weight it is given."""
+    """An `nn.Linear` in bfloat16 run by `optimizer::bf16_linear`, where that is best; shares the weight it is given.
+
+    oneDNN has the processor's bfloat16 instructions, at the price of a long call: two Zen 4 cores take 125 instead of
+    379 µs for `[1, 384] x [384, 4096]`, and 1.7 to 3.0 times less for one row of any shape measured
+    (`benchmarks/dense_cpu.py`). For 3 to 7 rows of 1,024 features and more oneDNN is up to 1.3 times faster, and runs
+    those.
+    """
 
     bias: nn.Parameter | None
 
@@ -225,17 +234,20 @@ class DenseLinear(nn.Module):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.kernel = kernel_name("bf16_linear", self.weight.device)
+        native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        self._few_by_onednn = native and self.in_features >= ONEDNN_FEATURES
 
     @staticmethod
     def suits(linear: nn.Linear) -> bool:
-        """Whether this kernel takes the layer and the processor has nothing better."""
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        """Whether this kernel takes the layer."""
         weight = linear.weight
         fits = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % BLOCK == 0
-        return bool(fits and weight.is_contiguous() and not native and cpu_kernels().loaded)
+        return bool(fits and weight.is_contiguous() and cpu_kernels().loaded)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., K]` to `[..., N]`."""
+        if self._few_by_onednn and x.dtype == self.weight.dtype and 2 < x.numel() // self.in_features < 8:
+            return nn.functional.linear(x, self.weight, self.bias)
         return bf16_linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
 
     @property

@@ -1,9 +1,10 @@
-"""Linear layer with bfloat16 weights: for processors without bfloat16 matrix instructions, and for few rows on a GPU.
+"""Linear layer with bfloat16 weights, on a CPU and for few rows on a GPU.
 
 `y = x Wᵀ + b`, `x [..., K]` of any floating type, `weight [N, K]` bfloat16, `bias [N]`. Accumulates in float32 and
 rounds once to the type of `x`. Moves at least 2 N K bytes of weights. Without AVX512-BF16 or AMX, ATen's bfloat16
 GEMM runs at an eighth of the float32 rate (19 against 133 GFLOP/s at 256 × 1024 × 1024 on two Zen 3 cores), so the
-weight is widened instead: in registers for fewer than 16 rows, once into a buffer for sgemm above. On a CUDA device
+weight is widened instead: in registers for few rows, once into a buffer for sgemm above. Where the processor has
+AVX512-BF16, 8 and more rows are multiplied by it, in blocks (`bf16_gemm.h`). On a CUDA device
 (`weight_only.py`) up to 64 rows of bfloat16 run on the tensor cores with K split; everything else is cuBLAS, on the
 weight in the type of `x`.
 """

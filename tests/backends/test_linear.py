@@ -462,6 +462,23 @@ def test_a_dense_layer_shares_its_weight_and_computes_the_same() -> None:
     assert sorted(name for name, _ in layer.named_parameters()) == ["bias", "weight"]
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("features", [64, 1024])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 33])
+def test_a_dense_layer_is_as_exact_whatever_multiplies(
+    native: bool, features: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    linear = nn.Linear(features, 48, dtype=torch.bfloat16)
+    layer = DenseLinear(linear)
+    x = random(rows, features).bfloat16()
+    exact = x.double() @ linear.weight.double().t() + linear.bias.double()
+    with torch.no_grad():
+        got = layer(x)
+    # One rounding to bfloat16, of a float32 sum whose error grows with its terms.
+    torch.testing.assert_close(got.double(), exact, rtol=2.0**-8, atol=features * 2.0**-22)
+
+
 def test_which_layers_suit_the_dense_kernel() -> None:
     assert not DenseLinear.suits(nn.Linear(64, 4))  # float32
     assert not DenseLinear.suits(nn.Linear(63, 4, dtype=torch.bfloat16))
