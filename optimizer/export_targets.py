@@ -48,8 +48,15 @@ def _tensorrt(model: str, out: Path, given: dict[str, Any], trust_remote_code: b
         raise UsageError(f"--dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
     targets = tuple(given.pop("target", ()))
     loaded, tokenizer, source = load_for_export(model, trust_remote_code)
+    given.setdefault("context", min(1024, _positions(loaded)))
+    given.setdefault("prompt", min(512, given["context"]))
     result = export_engines(loaded, tokenizer, source, out, dtype, EngineOptions(targets, **given))
     return engine_data(result), describe_engines(result)
+
+
+def _positions(model: Any) -> int:
+    """How many tokens the model was made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
 
 
 def _aot(model: str, out: Path, given: dict[str, Any], trust_remote_code: bool, progress: Progress) -> Written:
@@ -59,7 +66,7 @@ def _aot(model: str, out: Path, given: dict[str, Any], trust_remote_code: bool, 
 
     check_output(out)
     loaded, tokenizer, source = load_for_export(model, trust_remote_code)
-    shape = {"batch": 1, "context": 1024} | given
+    shape = {"batch": 1, "context": min(1024, _positions(loaded))} | given
     result = export_aot(loaded, tokenizer, source, out, progress=progress.update, **shape)
     return package_data(result), describe_package(result)
 

@@ -28,6 +28,7 @@ from optimizer.checkpoint import check_layout, find_layout
 from optimizer.evals.architecture import from_module
 from optimizer.evals.ceilings import Ceilings, describe
 from optimizer.evals.gate import Measurement
+from optimizer.evals.power import Sampling
 from optimizer.evals.predict import Bottleneck, LinearTimes, StepTimes
 from optimizer.evals.quality import MetricResult, QualityResult
 from optimizer.evals.roofline import ModelShape, Precision, Roofline
@@ -308,7 +309,7 @@ class ModelBench:
                 "seconds": time.monotonic() - began,
             }
             self.records.put(f"try-{key}", found)
-        evidence = {name: Measurement(**m) for name, m in found["evidence"].items()}
+        evidence = {name: _measurement(m) for name, m in found["evidence"].items()}
         bottlenecks = tuple(Bottleneck(**b) for b in found["bottlenecks"])
         return _times(found["predicted"]), Attempt(
             _times(found["measured"]), evidence, found["seconds"], found["quantize_seconds"], bottlenecks
@@ -358,6 +359,12 @@ def _linear_times(plain: Mapping[str, Any]) -> LinearTimes:
 
 def _times(plain: Mapping[str, float]) -> StepTimes:
     return StepTimes(plain["ttft"], plain["tpot"])
+
+
+def _measurement(plain: dict[str, Any]) -> Measurement:
+    """What a record keeps of one, as it was."""
+    sampling = plain.get("sampling")
+    return Measurement(**plain | {"sampling": None if sampling is None else Sampling(**sampling)})
 
 
 def _measured(outcome: Outcome, eager: StepTimes) -> StepTimes:

@@ -55,10 +55,10 @@ def test_outputs_have_a_line_for_each_job() -> None:
     found = outputs(config(), [passed(), failed(job=job("bad")), broken()])
     assert found["verdict"] == "error"
     assert found["exit-code"] == "2"
-    seen = outputs(config(), [passed(), broken()], Path("/work"))
-    assert seen["artifact"] == "/work/out/tiny-small/artifact\n"
-    assert seen["report"] == "/work/out/tiny-small/report.html\n"
-    assert seen["junit"] == "/work/out/junit.xml"
+    seen = outputs(config(), [passed(), broken()], Path("/build"))
+    assert seen["artifact"] == "/build/out/tiny-small/artifact\n"
+    assert seen["report"] == "/build/out/tiny-small/report.html\n"
+    assert seen["junit"] == "/build/out/junit.xml"
     assert found["jobs"].split("\n") == ["tiny-small", "bad", "broken"]
     assert found["artifact"].split("\n") == ["out/tiny-small/artifact", "", ""]
     assert found["digest"].split("\n") == ["ab" * 32, "", ""]
