@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from optimizer.report_units import Unit, clean
@@ -188,7 +188,12 @@ def _spread(scale: Scale) -> list[float]:
 
 def _tick(axis: Axis, value: float, scale: Scale) -> str:
     """A tick's text, without needless decimals."""
-    text = axis.unit.format(value, like=value if scale.log else max(abs(scale.high), abs(scale.low)))
+    most = max(abs(scale.high), abs(scale.low))
+    ticks = [] if scale.log else scale.ticks()
+    unit = axis.unit
+    if len(ticks) > 1:  # digits enough to tell neighbours apart: 0.9998 and 1.0002 are not both 1
+        unit = replace(unit, digits=max(unit.digits, math.ceil(math.log10(most / (ticks[1] - ticks[0])) + 1)))
+    text = unit.format(value, like=value if scale.log else most)
     number, _, rest = text.partition(" ")
     suffix = ""
     while number and not (number[-1].isdigit()):

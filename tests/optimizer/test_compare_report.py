@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from optimizer.compare_charts import Axis, Point, Scale, scatter
+from optimizer.compare_charts import Axis, Point, Scale, _tick, scatter
 from optimizer.compare_html import heat_share, inert_json, kept_quality, page_script
 from optimizer.compare_report import Comparison, LayerError, pareto
 from optimizer.errors import ArtifactError, OutputError, UsageError
@@ -233,3 +233,9 @@ def test_points_without_a_place_are_left_out() -> None:
     drawn = scatter([Point(0, 1.0, 1.0, "t", low=-math.inf, high=math.inf)], axis, axis, "t")
     assert "nan" not in drawn
     assert "inf" not in drawn
+
+
+def test_ticks_tell_neighbours_apart() -> None:
+    scale = Scale(0.99985, 1.00021, 0, 100, log=False)
+    labels = [_tick(Axis("quality kept", NUMBER), value, scale) for value in scale.ticks()]
+    assert labels == ["0.9999", "1", "1.0001", "1.0002"]
