@@ -27,7 +27,7 @@ from optimizer.backends.aot_package import load_package
 from optimizer.backends.onnx_export import MODEL_FILE, Exported, export, float_copy
 from optimizer.backends.onnx_runner import SETTINGS_FILE, OnnxRunner, session_options
 from optimizer.backends.runner import BaseRunner, EagerRunner
-from optimizer.errors import ArtifactError, DeviceError, PassError, UsageError
+from optimizer.errors import ArtifactError, PassError, UsageError
 
 DTYPES = ("float32", "float16")
 ENGINES, PACKAGE = "engines", "package"
@@ -124,10 +124,9 @@ def load_export(folder: Path, *, device: str = "auto", verify: bool = True) -> B
     if (folder / PACKAGE).is_dir():
         return load_package(folder / PACKAGE, tokenizer)
     if (folder / ENGINES).is_dir():
-        raise DeviceError(
-            f"{folder} holds TensorRT engines, which TensorRT's own runtime runs on the GPU they are for; this package "
-            "builds and checks them, and has no runner for them yet."
-        )
+        from optimizer.backends.tensorrt.runner import TensorRTRunner
+
+        return TensorRTRunner(folder / ENGINES, tokenizer)
     return OnnxRunner(folder, tokenizer, files=files, device=device)
 
 

@@ -220,7 +220,7 @@ def _weight_files(folder: Path) -> int:
 
 
 _ONNX = "an ONNX model that `optimizer export` did not write, whose inputs are not known"
-_TENSORRT = "a TensorRT engine, and this package has no runner for one yet"
+_TENSORRT = "a TensorRT engine that `optimizer export` did not write, whose tensors are not known"
 
 OPENERS = (
     Opener("endpoint", is_endpoint, _open_endpoint),

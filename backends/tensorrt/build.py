@@ -15,8 +15,8 @@ from typing import Any
 
 from optimizer.backends.tensorrt.engine import SCHEMA, SIDECAR, BuiltEngine, EngineSet, Profile
 from optimizer.backends.tensorrt.plan import Weight, fell_back, read_plan
-from optimizer.backends.tensorrt.provider import Provider, find_provider
-from optimizer.errors import ArtifactError, DeviceError, ModelError, UsageError
+from optimizer.backends.tensorrt.provider import Provider, collecting_log, find_provider, this_gpu
+from optimizer.errors import ArtifactError, ModelError, UsageError
 
 _INT4_FROM = 80  # tensor cores before Ampere have no int4 that TensorRT compiles for
 _REMEDIES = (
@@ -57,7 +57,7 @@ def build_engines(onnx: Path, out: Path, options: BuildOptions, provider: Provid
     targets = targets_of(options, provider)
     if not options.profiles:
         raise UsageError("there are no profiles. Give at least one, bounding each dynamic dimension.")
-    log = _log(provider)
+    log = collecting_log(provider)
     builder = provider.module.Builder(log)
     network, _parser = _parse(onnx, builder, provider, log)  # the network's weights lie in the parser's memory
     inputs = {t.name: _dimensions(t) for t in (network.get_input(i) for i in range(network.num_inputs))}
@@ -87,45 +87,20 @@ def build_engines(onnx: Path, out: Path, options: BuildOptions, provider: Provid
 def targets_of(options: BuildOptions, provider: Provider) -> tuple[str, ...]:
     """The architectures to build for. `UsageError` for one that the provider cannot, `DeviceError` for none at all."""
     if provider.cross_compiles:
-        wanted = options.targets or (_this_gpu(),)
+        wanted = options.targets or (this_gpu(),)
         if unknown := [target for target in wanted if target not in provider.targets]:
             raise UsageError(
                 f"{provider.name} {provider.version} cannot build for {', '.join(unknown)}; it builds for "
                 f"{', '.join(provider.targets)}."
             )
         return tuple(dict.fromkeys(wanted))
-    here = _this_gpu()
+    here = this_gpu()
     if options.targets and set(options.targets) != {here}:
         raise UsageError(
             f"{provider.name} builds for the GPU it runs on, {here}, not for {', '.join(options.targets)}. Build on "
             "that GPU, or use tensorrt_rtx."
         )
     return (here,)
-
-
-def _this_gpu() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise DeviceError("no target was named and there is no GPU here to build for. Name one, such as sm89.")
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}"
-
-
-def _log(provider: Provider) -> Any:
-    """A logger that keeps errors in `.errors` for our own message, and prints nothing."""
-    trt: Any = provider.module
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(message)
-
-    return Log()
 
 
 def _parse(onnx: Path, builder: Any, provider: Provider, log: Any) -> tuple[Any, Any]:

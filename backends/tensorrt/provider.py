@@ -72,3 +72,31 @@ def find_provider(name: Name | None = None) -> Provider:
                 return Provider(known.name, found, str(found.__version__))
     remedies = " or ".join(f"`{known.install}`" for known in wanted)
     raise DeviceError(f"no TensorRT is installed here ({', '.join(known.name for known in wanted)}). Run {remedies}.")
+
+
+def this_gpu() -> str:
+    """The architecture of the GPU in this machine, as `sm89`. Raises `DeviceError` where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "PyTorch sees no GPU here. Name the architecture to build for, such as sm89; run engines where it is."
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def collecting_log(provider: Provider) -> Any:
+    """A logger that keeps errors in `.errors` for our own message, and prints nothing."""
+    trt: Any = provider.module
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+
+    return Log()

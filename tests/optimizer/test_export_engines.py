@@ -75,8 +75,9 @@ def test_int4_engines_of_the_built_in_model(tmp_path: Path) -> None:
     assert all(engine["bytes"] < 20e6 for engine in found["engines"])
     assert verify_artifact(tmp_path / "out") == []
     assert read_manifest(tmp_path / "out").verdict == "ungated"
-    with pytest.raises(DeviceError, match="no runner for them yet"):
-        load(tmp_path / "out")
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="sees no GPU here"):
+            load(tmp_path / "out")
 
 
 @pytest.mark.slow
