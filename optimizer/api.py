@@ -25,6 +25,7 @@ from optimizer.checkpoint import load_checkpoint, save_checkpoint
 from optimizer.errors import ArtifactError, OptimizerError, RecipeError, UsageError
 from optimizer.evals.lm_eval_results import save_lm_eval_results, seeds
 from optimizer.export_command import is_export, load_export
+from optimizer.export_job import ExportedRunner
 from optimizer.inspection import inspect_checkpoint
 from optimizer.passes.base import Context, Pass
 from optimizer.passes.decode import Decode
@@ -83,7 +84,10 @@ class Result:
         outcome, recipe = self.outcome, self.outcome.recipe
 
         def build(folder: Path) -> None:
-            save_checkpoint(self.model.model, self.model.tokenizer, folder, recipe.layout)
+            if isinstance(self.model, ExportedRunner):
+                self.model.copy_to(folder)
+            else:
+                save_checkpoint(self.model.model, self.model.tokenizer, folder, recipe.layout)
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             for name in ("report.json", "report.md", "report.html"):
                 report.save(folder / name)

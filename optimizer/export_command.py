@@ -75,34 +75,45 @@ def export_model(
         raise UsageError(f"--dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
     check_output(out)
     loaded, tokenizer, source = load_for_export(model, trust_remote_code)
-    kind = getattr(torch, dtype)
-    needed = sum(p.numel() * max(p.element_size(), kind.itemsize) for p in loaded.parameters())
+    item = getattr(torch, dtype).itemsize
+    needed = sum(p.numel() * max(p.element_size(), item) for p in loaded.parameters())
     found: list[Any] = []
 
     def build(folder: Path) -> None:
-        exported = export(loaded, folder, dtype=kind, int8_inputs=int8_inputs)
-        write_document(folder / SETTINGS_FILE, {
-            "opset": exported.opset, "dtype": exported.dtype, "dialect": "onnxruntime", "int8_inputs": int8_inputs,
-            "kernels": exported.kernels, "step_weight_bytes": exported.step_weight_bytes,
-        })  # fmt: skip
-        write_configuration(loaded, tokenizer, folder)
-        generation = getattr(loaded, "generation_config", None)
-        write_document(folder / "genai_config.json", genai_config(loaded.config, generation, int8_inputs))
-        rounded = any(" × " in kernel for kernel in exported.kernels.values())
-        bound = INT8_BOUND if int8_inputs else max(BOUND[dtype], ROUNDED_BOUND if rounded else 0.0)
-        difference = rehearse(float_copy(loaded, torch.float32), OnnxRunner(folder))
-        if not difference <= bound:
-            raise PassError(
-                f"the exported graph does not compute what the model does: logits differ by {difference:.3g} of the "
-                f"largest, and {bound:.3g} is allowed. Nothing was written; try another type."
-            )
-        found.extend((exported, difference, bound))
+        found.extend(write_onnx(loaded, tokenizer, folder, dtype=dtype, int8_inputs=int8_inputs))
 
     manifest = write_artifact(
         out, build=build, manifest=ManifestInfo(source=source, verdict="ungated"), required_bytes=needed
     )
     exported, difference, bound = found
     return ExportResult(Path(out), exported, sum(f.bytes for f in manifest.files.values()), difference, bound)
+
+
+def write_onnx(
+    model: Any, tokenizer: Any, folder: Path, *, dtype: str, int8_inputs: bool
+) -> tuple[Exported, float, float]:
+    """Write graph, settings and configuration into `folder` and run them beside PyTorch.
+
+    Returns what was written, the largest difference of a logit over the largest logit, and the bound that it kept.
+    Raises `PassError` where it does not, and what `onnx_export.export` does.
+    """
+    exported = export(model, folder, dtype=getattr(torch, dtype), int8_inputs=int8_inputs)
+    write_document(folder / SETTINGS_FILE, {
+        "opset": exported.opset, "dtype": exported.dtype, "dialect": "onnxruntime", "int8_inputs": int8_inputs,
+        "kernels": exported.kernels, "step_weight_bytes": exported.step_weight_bytes,
+    })  # fmt: skip
+    write_configuration(model, tokenizer, folder)
+    generation = getattr(model, "generation_config", None)
+    write_document(folder / "genai_config.json", genai_config(model.config, generation, int8_inputs))
+    rounded = any(" × " in kernel for kernel in exported.kernels.values())
+    bound = INT8_BOUND if int8_inputs else max(BOUND[dtype], ROUNDED_BOUND if rounded else 0.0)
+    difference = rehearse(float_copy(model, torch.float32), OnnxRunner(folder))
+    if not difference <= bound:
+        raise PassError(
+            f"the exported graph does not compute what the model does: logits differ by {difference:.3g} of the "
+            f"largest, and {bound:.3g} is allowed. Nothing was written; try another type."
+        )
+    return exported, difference, bound
 
 
 def load_export(folder: Path, *, device: str = "auto", verify: bool = True) -> BaseRunner:

@@ -39,6 +39,7 @@ from optimizer.evals.timing import (
     time_interleaved,
 )
 from optimizer.evals.workloads import RequestSpec
+from optimizer.export_job import ExportedRunner, check_export, exported_runner
 from optimizer.passes.base import Context, Pass, PassReport, transaction, view
 from optimizer.passes.blocks import in_float32
 from optimizer.passes.calibration import Calibration
@@ -180,6 +181,7 @@ def run(
         check_workload(f"workload cell {name}", longest, cell)
     if recipe.serving is not None and not any(isinstance(p, Decode) and p.cache == "paged" for p in passes):
         raise UsageError("serving: requests that come and go need the pass `decode` with `cache: paged`. Add it.")
+    check_export(recipe, passes)
     # A second pass of a kind may rest on what the first did, so it is checked when its turn comes.
     for step in {step.name: step for step in reversed(passes)}.values():
         step.check(model, context)
@@ -195,6 +197,9 @@ def run(
     optimized = view(model)
     reports = apply_passes(optimized, passes, context, progress)
     runner = context.make_runner(optimized, source.tokenizer)
+    if recipe.export is not None:
+        with progress.phase("export"):
+            runner = exported_runner(optimized, source.tokenizer, recipe)
     with progress.phase("compile"):
         if hasattr(runner, "warm_up"):
             for shape in (workload, *cells.values()):
@@ -213,7 +218,8 @@ def run(
     with progress.phase("speed"):
         speed = measure_speed(original, runner, workload, ceilings, recipe, progress)
         at = {name: measure_speed(original, runner, cell, ceilings, recipe, progress) for name, cell in cells.items()}
-    sizes = weight_bytes(model), weight_bytes(optimized)
+    held = runner.weight_bytes if isinstance(runner, ExportedRunner) else weight_bytes(optimized)
+    sizes = weight_bytes(model), held
     found = evidence(comparisons, power=spec.power, alpha=spec.alpha)
     found |= _speed_evidence(speed) | _size_evidence(*sizes)
     found |= {f"{metric}@{name}": m for name, each in at.items() for metric, m in _speed_evidence(each).items()}

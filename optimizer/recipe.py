@@ -114,6 +114,14 @@ class EvaluationSpec(_Strict):
     divergence: DivergenceSpec | None = DivergenceSpec()
 
 
+class ExportSpec(_Strict):
+    """What the optimized model becomes before it is measured: `onnx` for ONNX Runtime; see `optimizer export`."""
+
+    to: Literal["onnx"] = "onnx"
+    dtype: Literal["float32", "float16"] = "float32"
+    int8_inputs: bool = False
+
+
 class CalibrationSpec(_Strict):
     """How much calibration data is used: `samples` rows of at most `length` tokens, `packed` or one document each."""
 
@@ -140,15 +148,17 @@ class FloorSpec(_Strict):
 class Recipe(_Strict):
     """Passes in order, the workload, the evaluation, and the floors; see the module's example.
 
-    `layout` is the format of the checkpoint that is written. `price_per_hour` of the device, in any currency, lets the
-    report say what was paid and what is saved. When a floor is missed, up to `repair_minutes` are spent on finding out
-    why and, with `repair`, on gating again without what carries the loss.
+    `layout` is the format of the checkpoint that is written; with `export` an export is written instead, and judged.
+    `price_per_hour` of the device, in any currency, lets the report say what was paid and saved. When a floor is
+    missed, up to `repair_minutes` are spent on finding out why and, with `repair`, on gating again without what carries
+    the loss.
     """
 
     name: str
     description: str = ""
     workload: WorkloadSpec = WorkloadSpec()
     serving: ServingSpec | None = None
+    export: ExportSpec | None = None
     evaluation: EvaluationSpec
     calibration: CalibrationSpec = CalibrationSpec()
     layout: str = "compressed-tensors"

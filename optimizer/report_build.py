@@ -219,7 +219,7 @@ def _layers(outcome: Outcome) -> list[LayerEntry]:
                 kind="linear",
                 shape=shape,
                 format=scheme.name if scheme else str(weight.dtype)[6:],  # type: ignore[union-attr]
-                kernel=layer_kernel(module),
+                kernel=outcome.runner.ledger.kernels.get(name) or layer_kernel(module),
                 bytes_before=change.bytes_before if change else dense,
                 bytes_after=change.bytes_after if change else dense,
                 weight_error=change.weight_error if change and quantized else None,
