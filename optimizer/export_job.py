@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from optimizer.backends.onnx_export import DATA_FILE, MODEL_FILE
 from optimizer.backends.onnx_runner import OnnxRunner
 from optimizer.errors import UsageError
@@ -40,7 +38,7 @@ class ExportedRunner(OnnxRunner):
     @property
     def original_kv_bytes_per_token(self) -> int:
         """The same in the type of the model it was exported from."""
-        stored: torch.dtype = self.model.dtype
+        stored = next(self.model.parameters()).dtype
         return super().original_kv_bytes_per_token * stored.itemsize // self.dtype.itemsize
 
     def copy_to(self, folder: Path) -> None:
