@@ -60,11 +60,20 @@ def test_a_large_product_is_compute_bound(ceilings):
 def test_a_huge_context_is_bound_by_reading_the_cache(ceilings):
     found = phase(ceilings, "decode", planted.kv_bound(200_000), context=200_000)
     assert found.binds == "KV reads"
-    assert found.verdict in {"memory: bandwidth saturated", "near limit"}
     assert found.tokens_or_context == 200_000
     assert max(found.terms, key=found.terms.get) == "attention"
 
 
+# What follows compares bandwidths, which tests on the other cores take away: it wants a machine to itself.
+
+
+@pytest.mark.slow
+def test_reading_the_cache_saturates_the_memory(ceilings):
+    found = phase(ceilings, "decode", planted.kv_bound(200_000), context=200_000)
+    assert found.verdict in {"memory: bandwidth saturated", "near limit"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plant", "verdicts"),
     [
