@@ -71,13 +71,15 @@ def base_recipe(
 ) -> Recipe:  # fmt: skip
     """What a plan holds to: workload, evaluation, calibration and floors of `recipe`, whose passes it replaces.
 
-    `auto` is the recipe `default` with its quality floors and `SPEED_FLOORS`. A goal takes the place of a floor on the
+    `auto` is the recipe `default` with `SPEED_FLOORS` and its floors on tasks; that on divergence is what INT8 reaches,
+    and would rule out 4 bits that the tasks cannot tell from the original. A goal takes the place of a floor on the
     same metric.
     """
     base = Recipe.load("default" if recipe == AUTO else recipe)
     floors = floors_of(base)
     if recipe == AUTO:
-        floors = [floor for floor in floors if floor.metric.startswith("quality.")] + list(SPEED_FLOORS)
+        tasks = [f for f in floors if f.metric.startswith("quality.") and not f.metric.startswith("quality.kl.")]
+        floors = tasks + list(SPEED_FLOORS)
     if quality is not None:
         floors = with_quality(floors, quality)
     floors = [floor for floor in floors if floor.metric not in {goal.metric for goal in goals}] + list(goals)
