@@ -90,16 +90,16 @@ def export_model(
 
 
 def write_onnx(
-    model: Any, tokenizer: Any, folder: Path, *, dtype: str, int8_inputs: bool
+    model: Any, tokenizer: Any, folder: Path, *, dtype: str, int8_inputs: bool = False, dialect: str = "onnxruntime"
 ) -> tuple[Exported, float, float]:
     """Write graph, settings and configuration into `folder` and run them beside PyTorch.
 
     Returns what was written, the largest difference of a logit over the largest logit, and the bound that it kept.
     Raises `PassError` where it does not, and what `onnx_export.export` does.
     """
-    exported = export(model, folder, dtype=getattr(torch, dtype), int8_inputs=int8_inputs)
+    exported = export(model, folder, dtype=getattr(torch, dtype), dialect=dialect, int8_inputs=int8_inputs)
     write_document(folder / SETTINGS_FILE, {
-        "opset": exported.opset, "dtype": exported.dtype, "dialect": "onnxruntime", "int8_inputs": int8_inputs,
+        "opset": exported.opset, "dtype": exported.dtype, "dialect": dialect, "int8_inputs": int8_inputs,
         "kernels": exported.kernels, "step_weight_bytes": exported.step_weight_bytes,
     })  # fmt: skip
     write_configuration(model, tokenizer, folder)

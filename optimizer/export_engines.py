@@ -17,21 +17,12 @@ import torch
 
 from optimizer.artifact import ManifestInfo, SourceRecord, write_artifact
 from optimizer.backends.aot_package import PackageRecord, export_package, load_package
-from optimizer.backends.onnx_export import MODEL_FILE, export, float_copy
-from optimizer.backends.onnx_runner import SETTINGS_FILE, OnnxRunner
+from optimizer.backends.onnx_export import MODEL_FILE, float_copy
 from optimizer.backends.tensorrt.build import BuildOptions, build_engines, targets_of
 from optimizer.backends.tensorrt.engine import EngineSet, Profile
 from optimizer.backends.tensorrt.provider import find_provider
 from optimizer.errors import PassError, UsageError
-from optimizer.export_command import (
-    BOUND,
-    ENGINES,
-    PACKAGE,
-    ROUNDED_BOUND,
-    rehearse,
-    write_configuration,
-    write_document,
-)
+from optimizer.export_command import BOUND, ENGINES, PACKAGE, rehearse, write_configuration, write_onnx
 
 
 @dataclass(frozen=True)
@@ -119,16 +110,7 @@ def export_engines(
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".graph.") as name:
             graph = Path(name)
-            exported = export(model, graph, dtype=getattr(torch, dtype), dialect="tensorrt")
-            settings = {
-                "opset": exported.opset, "dtype": dtype, "dialect": "tensorrt", "int8_inputs": False,
-                "kernels": exported.kernels, "step_weight_bytes": exported.step_weight_bytes,
-            }  # fmt: skip
-            write_document(graph / SETTINGS_FILE, settings)
-            write_configuration(model, tokenizer, graph)
-            rounded = any(" × " in kernel for kernel in exported.kernels.values())
-            bound = max(BOUND[dtype], ROUNDED_BOUND if rounded else 0.0)
-            difference = _agreeing(model, OnnxRunner(graph), bound, "the graph for TensorRT")
+            exported, difference, bound = write_onnx(model, tokenizer, graph, dtype=dtype, dialect="tensorrt")
             record = build_engines(graph / MODEL_FILE, folder / ENGINES, building, provider)
         write_configuration(model, tokenizer, folder)
         made.extend((record, exported.kernels, difference, bound))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from optimizer import export_engines
+from optimizer import export_command
 from optimizer.api import load
 from optimizer.artifact import read_manifest, verify_artifact
 from optimizer.backends.runner import EagerRunner
@@ -136,7 +136,7 @@ def test_profiles_cover_every_length_once() -> None:
 def test_a_graph_that_computes_something_else_is_never_released(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_engines, "rehearse", lambda *_: float("nan"))
+    monkeypatch.setattr(export_command, "rehearse", lambda *_: float("nan"))
     model = str(tiny_llama(tmp_path / "model"))
     lengths = ("--context", "128", "--prompt", "64")
     ran = run(model, "--to", "tensorrt", "--target", "sm89", *lengths, "--out", str(tmp_path / "out"))
