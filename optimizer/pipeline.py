@@ -58,12 +58,6 @@ WINDOW = 512
 """Tokens of context that an evaluation window holds at most."""
 
 
-"""Tokens of context that an evaluation window holds at most."""
-
-
-"""Tokens of context that an evaluation window holds at most."""
-
-
 @dataclass(frozen=True)
 class Phase:
     """One phase of generation on the roofline: what it must do, how long it took, and what it could reach."""
