@@ -2,7 +2,8 @@
 
     q, k, v            [B, H | H_kv, S, D]            one float type; any strides with a contiguous last dimension
     cos, sin           [B or 1, S, R]                 as for `rope`
-    q_weight, k_weight [D]                            RMS norm of each head, `x / sqrt(mean x² + eps) · w`, as Qwen3 has
+    q_weight, k_weight [D]                            RMS norm of each head, `x / sqrt(mean x² + eps) · (w + offset)`,
+                                                      as Qwen3 (offset 0) and Gemma 3 (offset 1) have
     k_cache, v_cache   [blocks, H_kv, block_size, D]  a float type, int8 or float8_e4m3fn
     k_scale, v_scale   [blocks, H_kv, block_size]     float32, with 8 bits only
     slots              [B, S] int64                   `block · block_size + offset`; not written where outside the cache
@@ -55,6 +56,7 @@ def rope_kv_write_ref(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
+    offset: float,
     k_cache: Tensor,
     v_cache: Tensor,
     k_scale: Tensor | None,
@@ -63,14 +65,16 @@ def rope_kv_write_ref(
 ) -> Tensor:
     """The specification, in float32."""
     _check(q, k, v, cos, sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots)
-    write_ref(rotated_ref(_normed(k, k_weight, eps), cos, sin), k_cache, k_scale, slots)
+    write_ref(rotated_ref(_normed(k, k_weight, eps, offset), cos, sin), k_cache, k_scale, slots)
     write_ref(v.float(), v_cache, v_scale, slots)
-    return rotated_ref(_normed(q, q_weight, eps), cos, sin).to(q.dtype)
+    return rotated_ref(_normed(q, q_weight, eps, offset), cos, sin).to(q.dtype)
 
 
-def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def _normed(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
     x = x.float()
-    return x if weight is None else x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
+    if weight is None:
+        return x
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight.float() + offset)
 
 
 @jit
@@ -80,6 +84,7 @@ def _norm(  # type: ignore[no-untyped-def]
     rest,
     weight_ptr,
     eps,
+    offset,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -92,7 +97,7 @@ def _norm(  # type: ignore[no-untyped-def]
     w1 = tl.load(weight_ptr + i, mask=i < HALF, other=0.0).to(tl.float32)
     w2 = tl.load(weight_ptr + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
     w3 = tl.load(weight_ptr + 2 * HALF + j, mask=j < REST, other=0.0).to(tl.float32)
-    return first * inverse * w1, second * inverse * w2, rest * inverse * w3
+    return first * inverse * (w1 + offset), second * inverse * (w2 + offset), rest * inverse * (w3 + offset)
 
 
 @jit
@@ -105,6 +110,7 @@ def _query_heads(  # type: ignore[no-untyped-def]
     sin_ptr,
     weight_ptr,
     eps,
+    offset,
     h,
     heads,
     NORM: tl.constexpr,
@@ -117,7 +123,7 @@ def _query_heads(  # type: ignore[no-untyped-def]
     kind = out_ptr.dtype.element_ty
     first, second, rest = load_heads(q_ptr, stride, h, heads, HALF, REST, BLOCK_HALF, BLOCK_REST)
     if NORM:
-        first, second, rest = _norm(first, second, rest, weight_ptr, eps, HALF, REST, BLOCK_HALF, BLOCK_REST)
+        first, second, rest = _norm(first, second, rest, weight_ptr, eps, offset, HALF, REST, BLOCK_HALF, BLOCK_REST)
     first, second = rotate(first, second, cos_ptr, sin_ptr, HALF, BLOCK_HALF)
     first, second, rest = rounded(first, kind), rounded(second, kind), rounded(rest, kind)
     store_heads(out_ptr, out_stride, h, h < heads, first, second, rest, HALF, REST, BLOCK_HALF, BLOCK_REST)
@@ -141,6 +147,7 @@ def _cache_heads(  # type: ignore[no-untyped-def]
     sin_ptr,
     weight_ptr,
     eps,
+    offset,
     h,
     heads,
     NORM: tl.constexpr,
@@ -154,7 +161,7 @@ def _cache_heads(  # type: ignore[no-untyped-def]
     """Norm, rotate and round one token's key or value heads, and write them to its slot if the cache has it."""
     first, second, rest = load_heads(x_ptr, stride, h, heads, HALF, REST, BLOCK_HALF, BLOCK_REST)
     if NORM:
-        first, second, rest = _norm(first, second, rest, weight_ptr, eps, HALF, REST, BLOCK_HALF, BLOCK_REST)
+        first, second, rest = _norm(first, second, rest, weight_ptr, eps, offset, HALF, REST, BLOCK_HALF, BLOCK_REST)
     if ROTATE:
         first, second = rotate(first, second, cos_ptr, sin_ptr, HALF, BLOCK_HALF)
     write_heads(
@@ -179,6 +186,7 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
     v_scale_ptr,
     slots_ptr,
     eps,
+    offset,
     tokens,
     heads,
     kv_heads,
@@ -227,20 +235,20 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
         out_ptr += (b * heads * tokens + s) * (2 * HALF + REST)
         _query_heads(
             out_ptr, tokens * (2 * HALF + REST), q_ptr + b * stride_qb + s * stride_qs, stride_qh, cos_ptr, sin_ptr,
-            q_weight_ptr, eps, part * BLOCK_H + n, heads, Q_NORM, HALF, REST, BLOCK_HALF, BLOCK_REST,
+            q_weight_ptr, eps, offset, part * BLOCK_H + n, heads, Q_NORM, HALF, REST, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif part < q_parts + kv_parts:
         _cache_heads(
             k_cache_ptr, stride_kcb, stride_kch, stride_kcs, k_scale_ptr, stride_ksb, stride_ksh,
             slot, slot_count, block_size, k_ptr + b * stride_kb + s * stride_ks, stride_kh, cos_ptr, sin_ptr,
-            k_weight_ptr, eps, (part - q_parts) * BLOCK_H + n, kv_heads, K_NORM, True, QUANTIZE,
+            k_weight_ptr, eps, offset, (part - q_parts) * BLOCK_H + n, kv_heads, K_NORM, True, QUANTIZE,
             HALF, REST, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
         _cache_heads(
             v_cache_ptr, stride_vcb, stride_vch, stride_vcs, v_scale_ptr, stride_vsb, stride_vsh,
             slot, slot_count, block_size, v_ptr + b * stride_vb + s * stride_vs, stride_vh, cos_ptr, sin_ptr,
-            k_weight_ptr, eps, (part - q_parts - kv_parts) * BLOCK_H + n, kv_heads, False, False, QUANTIZE,
+            k_weight_ptr, eps, offset, (part - q_parts - kv_parts) * BLOCK_H + n, kv_heads, False, False, QUANTIZE,
             HALF, REST, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
 
@@ -254,6 +262,7 @@ def _rope_kv_write_cuda(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
+    offset: float,
     k_cache: Tensor,
     v_cache: Tensor,
     k_scale: Tensor | None,
@@ -274,7 +283,7 @@ def _rope_kv_write_cuda(
     quantize, k_cache, v_cache, scale_strides = as_written(k_cache, v_cache, *scales)
     weights = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
     _rope_kv_write_kernel[(batch * tokens, parts)](
-        out, q, k, v, cos, sin, *weights, k_cache, v_cache, *scales, slots.contiguous(), eps,
+        out, q, k, v, cos, sin, *weights, k_cache, v_cache, *scales, slots.contiguous(), eps, offset,
         tokens, heads, kv_heads, blocks * block_size, max(block_size, 1),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table_strides(cos), *table_strides(sin),
         *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides,
@@ -311,8 +320,8 @@ def _fake(q: Tensor, *_: Any) -> Tensor:
 
 rope_kv_write = define(
     "rope_kv_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, "
-    "float eps, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor slots) "
-    "-> Tensor",
+    "float eps, float offset, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
+    "Tensor slots) -> Tensor",
     rope_kv_write_ref,
     _fake,
     cuda=_rope_kv_write_cuda,
@@ -324,7 +333,7 @@ def _shipped(head: int, cache: str, norm: bool) -> Shipped:
     strides = [f"{name}{i}" for name in ("q", "k", "v", "kc", "vc") for i in "bhs"] + ["cb", "cs", "sb", "ss"]
     counts = ("tokens", "heads", "kv_heads", "slot_count", "block_size")
     signature = dict.fromkeys(("out_ptr", "q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr"), "*bf16")
-    signature |= {"k_cache_ptr": cache, "v_cache_ptr": cache, "slots_ptr": "*i64", "eps": "fp32"}
+    signature |= {"k_cache_ptr": cache, "v_cache_ptr": cache, "slots_ptr": "*i64", "eps": "fp32", "offset": "fp32"}
     signature |= dict.fromkeys((*counts, *(f"stride_{name}" for name in strides)), "i32")
     more, constants, quantize = shipped_scales(cache)
     constants |= {"Q_NORM": norm, "K_NORM": norm, **head_constants(head, head)}

@@ -16,6 +16,7 @@ from optimizer.passes.fusions import (
     quantize,
     rms_norm,
     rope,
+    rope_kv_write,
 )
 
 FUSIONS: tuple[Fusion, ...] = (
@@ -27,5 +28,6 @@ FUSIONS: tuple[Fusion, ...] = (
     *rope.FUSIONS,
     *epilogue.FUSIONS,
     *quantize.FUSIONS,
+    *rope_kv_write.FUSIONS,
 )
 """What `fuse` and the backend run unless told otherwise."""

@@ -35,6 +35,7 @@ class Case:
     q_weight: Tensor | None
     k_weight: Tensor | None
     eps: float
+    offset: float
     k_cache: Tensor
     v_cache: Tensor
     k_scale: Tensor | None
@@ -60,6 +61,7 @@ def case(
     tokens: int = 3,
     batch: int = 2,
     norm: bool = False,
+    offset: float = 0.0,
     kind: str = "",
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -77,20 +79,21 @@ def case(
     scales = [None if scale is None else scale.clone() for _ in range(2)]
     slots = torch.randperm(blocks * 4, generator=generator)[: batch * tokens].view(batch, tokens).to(device)
     return Case(
-        q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), *weights, EPS, cache, cache.clone(), *scales, slots
+        q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), *weights, EPS, offset, cache,
+        cache.clone(), *scales, slots,
     )  # fmt: skip
 
 
-def exact(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def exact(x: Tensor, weight: Tensor | None, offset: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Norm and rotation in float64, and their error in float32.
 
-    The norm sums D squares and has six more operations: (D + 6) u relatively. The rotation adds 3 u.
+    The norm sums D squares and has seven more operations: (D + 7) u relatively. The rotation adds 3 u.
     """
     size, relative = cos.shape[-1], 3.0
     x, cos, sin = x.double(), cos.double().unsqueeze(1), sin.double().unsqueeze(1)
     if weight is not None:
-        relative += x.shape[-1] + 6
-        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+        relative += x.shape[-1] + 7
+        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * (weight.double() + offset)
     half = size // 2
     turned = torch.complex(x[..., :half], x[..., half:size]) * torch.complex(cos[..., :half], sin[..., :half])
     result = torch.cat([turned.real, turned.imag, x[..., size:]], -1)
@@ -112,10 +115,10 @@ def rounding(wanted: Tensor, error: Tensor, kind: str, dtype: torch.dtype) -> Te
 
 def check(one: Case, got: Tensor, kind: str) -> None:
     dtype = one.q.dtype
-    wanted, error = exact(one.q, one.q_weight, one.cos, one.sin)
+    wanted, error = exact(one.q, one.q_weight, one.offset, one.cos, one.sin)
     assert (got.shape, got.dtype, got.is_contiguous()) == (one.q.shape, dtype, True)
     assert bool(((got.double() - wanted).abs() <= rounding(wanted, error, "", dtype)).all())
-    wanted, error = exact(one.k, one.k_weight, one.cos, one.sin)
+    wanted, error = exact(one.k, one.k_weight, one.offset, one.cos, one.sin)
     keys = one.written(one.k_cache, one.k_scale)
     assert bool(((keys - wanted).abs() <= rounding(wanted, error, kind, dtype)).all())
     values = one.written(one.v_cache, one.v_scale)
@@ -131,7 +134,7 @@ def check(one: Case, got: Tensor, kind: str) -> None:
     "shape",
     [
         {"dtype": torch.bfloat16},
-        {"norm": True},
+        {"norm": True, "offset": 1.0},
         {"norm": True, "head": 64, "rotary": 64, "heads": (4, 1), "tokens": 1, "dtype": torch.float16},
         {"norm": True, "head": 10, "rotary": 10, "heads": (19, 18), "batch": 1, "dtype": torch.bfloat16},
     ],
