@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.backends.kv_layout import FEW_TOKENS, KeyValueLayout
-from optimizer.backends.paged_cache import LayerStorage, Storage, View
+from optimizer.backends.kv_layout import FEW_TOKENS, KeyValueLayout, check_interface
+from optimizer.backends.paged_cache import LayerStorage, Storage, View, attend
 from optimizer.backends.paged_cache import attention_forward as attend_in_place
 from optimizer.backends.paged_runner import PagedOptions, layout_of
 from optimizer.errors import ModelError, UsageError
@@ -235,8 +235,6 @@ def _attention_forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: write new keys and values to the cache noted on them, attend to all seen."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     cache: BlockCache | None = getattr(key, "block_cache", None)
     if cache is None:
         raise UsageError(f"{NAME} was given no BlockCache. Pass past_key_values=block_cache(model, ...) to the model.")
@@ -260,7 +258,7 @@ def _attention_forward(
     if earlier is not None:
         key, value = (torch.cat([old.to(new), new], 2) for old, new in zip(earlier, (key, value), strict=True))
     mask = seen[cache.layout.group_of[layer_idx]]
-    return sdpa_attention_forward(module, query, key, value, mask, **options)  # type: ignore[no-any-return]
+    return attend(module, query, key, value, mask, **options)
 
 
 def _mask(kv_length: int, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
@@ -297,6 +295,7 @@ def block_cache(model: Any, batch: int = 1, max_tokens: int = 2048, **options: A
         raise UsageError(
             "A BlockCache keeps no recent tokens in the model's type. Leave `recent` out, or use a PagedRunner."
         )
+    check_interface(model)  # `layout_of` would change it for good
     with block_attention(model):
         layout = layout_of(model, PagedOptions(**options))
     made = type("BlockCache", (BlockCache, Cache), {})

@@ -165,6 +165,13 @@ class ProbeCache(PositionsGiven):
         return key, value
 
 
+def check_interface(model: Any) -> None:
+    """`ModelError` for a model that does not look its attention up by name, as transformers lets it."""
+    if not model.is_backend_compatible():
+        name = type(model).__name__
+        raise ModelError(f"{name} computes attention itself, not through transformers' attention interface")
+
+
 def probe(model: Any, *, kind: KvKind | None = None, block_size: int = 32, recent: int = 0) -> KeyValueLayout:
     """The layout of a model whose attention is the paged one (`paged_cache.register`), from one forward pass.
 
@@ -175,8 +182,6 @@ def probe(model: Any, *, kind: KvKind | None = None, block_size: int = 32, recen
 
     name = type(model).__name__
     kinds, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    if not model.is_backend_compatible():
-        raise ModelError(f"{name} computes attention itself, not through transformers' attention interface")
     if other := sorted(set(kinds) - set(ATTENTION_TYPES)):
         raise ModelError(f"{name} has layers of type {', '.join(other)}, which keep no paged keys and values")
     cache = ProbeCache()

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimizer.backends.kernels.decode_attention import decode_attention_ref
 from optimizer.backends.kernels.kv_write import kv_write
 from optimizer.backends.kernels.paged_attention import paged_attention
 from optimizer.backends.kv_layout import KeyValueLayout, LayerShape, PositionsGiven, ProbeCache
@@ -32,7 +33,7 @@ from optimizer.errors import UsageError
 
 NAME = "optimizer-paged"
 """The name under which transformers knows this attention."""
-VARIANTS = ("softcap", "position_bias", "s_aux")
+VARIANTS = ("position_bias", "s_aux")
 """What some models add to attention and the kernel lacks; `probe` refuses these models."""
 
 
@@ -234,37 +235,56 @@ def attention_forward(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface, over the `View` that was passed to the model as `kv_cache` as well."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     if kv_cache is None:
         raise UsageError(f"{NAME}: layer {layer_idx} was given no kv_cache. Run the model through a PagedRunner.")
     if isinstance(kv_cache, ProbeCache):
         kv_cache.attended.add(layer_idx)
         kv_cache.variants |= {name for name in VARIANTS if options.pop(name, None) is not None}
-        return sdpa_attention_forward(module, query, key, value, None, **options)  # type: ignore[no-any-return]
+        return attend(module, query, key, value, None, **options)
     if kv_cache.visible is None:
-        return _in_place(query, kv_cache, layer_idx, options.get("scaling")), None
+        return _in_place(query, kv_cache, layer_idx, options.get("scaling"), options.get("softcap")), None
     group = kv_cache.storage.layout.group_of[layer_idx]
     whole = kv_cache.fresh and not kv_cache.storage.layout.windows[group] and kv_cache.storage.layout.kind is None
     if whole:  # nothing but the tokens themselves is seen, and nothing is rounded
-        return sdpa_attention_forward(module, query, key, value, None, **options)  # type: ignore[no-any-return]
+        return attend(module, query, key, value, None, **options)
     keys, values = kv_cache.gathered(layer_idx, None if kv_cache.recent is None else (key, value))
-    return sdpa_attention_forward(module, query, keys, values, kv_cache.visible[group], **options)  # type: ignore[no-any-return]
+    return attend(module, query, keys, values, kv_cache.visible[group], **options)
 
 
-def _in_place(query: Tensor, view: View, layer_idx: int, scaling: float | None) -> Tensor:
+def attend(
+    module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
+    softcap: float | None = None, **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """transformers' SDPA `[B, S, H, D]`, and our own attention where it caps scores, which SDPA does not. `mask` is
+    bool; None sees all earlier tokens."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if softcap is None:
+        return sdpa_attention_forward(module, query, keys, values, mask, **options)  # type: ignore[no-any-return]
+    tokens, context = query.shape[2], keys.shape[2]
+    if mask is None:
+        mask = torch.ones(tokens, context, dtype=torch.bool, device=query.device).tril(context - tokens)
+    out = decode_attention_ref(query, keys, values, mask, _scale(query, options.get("scaling")), softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _scale(query: Tensor, scaling: float | None) -> float:
+    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _in_place(query: Tensor, view: View, layer_idx: int, scaling: float | None, softcap: float | None) -> Tensor:
     """Attention of `query [B, H, S, D]`, each token a row of its own; `[B, S, H, D]`."""
     batch, heads, tokens, head_dim = query.shape
     layout, layer = view.storage.layout, view.storage.layers[layer_idx]
     group = layout.group_of[layer_idx]
-    scale = head_dim**-0.5 if scaling is None else float(scaling)
     rings: tuple[Tensor | None, ...] = (None, None, None, None)
     if view.recent is not None:
         rings = (*layer.recent, view.recent.rings.repeat_interleave(tokens), view.recent.starts.reshape(-1))
     out = paged_attention(
         query.transpose(1, 2).reshape(batch * tokens, heads, head_dim), layer.keys, layer.values, layer.key_scales,
-        layer.value_scales, view.row_tables[group], view.lengths, scale, layout.windows[group], layout.sinks, *rings,
+        layer.value_scales, view.row_tables[group], view.lengths, _scale(query, scaling), softcap or 0.0,
+        layout.windows[group], layout.sinks, *rings, None, None,
     )  # fmt: skip
     return out.view(batch, tokens, heads, head_dim)  # type: ignore[no-any-return]
 

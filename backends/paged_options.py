@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from optimizer.backends.kv_layout import FEW_TOKENS, KeyValueLayout, probe, windowed
+from optimizer.backends.falcon_attention import PagedFalconAttention, replace_attention
+from optimizer.backends.kv_layout import FEW_TOKENS, KeyValueLayout, check_interface, probe, windowed
 from optimizer.backends.paged_cache import register
 from optimizer.errors import UsageError
 from optimizer.quant.kv import KvKind
@@ -49,13 +50,20 @@ class PagedOptions:
 
 
 def layout_of(model: Any, options: PagedOptions) -> KeyValueLayout:
-    """Switch a model to the paged attention and read off what its cache must hold."""
+    """Switch a model to the paged attention and read off what its cache must hold.
+
+    Raises `ModelError`, with the reason, for a model that cannot be, which stays as it was.
+    """
     config = model.config
-    before = config._attn_implementation
+    before, replaced = config._attn_implementation, replace_attention(model)
+    if not any(isinstance(module, PagedFalconAttention) for module in model.modules()):
+        check_interface(model)
     config._attn_implementation = register()
     try:
         layout = probe(model, kind=options.kv, block_size=options.block_size, recent=options.recent)
     except BaseException:
         config._attn_implementation = before
+        for name, module in replaced.items():
+            model.set_submodule(name, module)
         raise
     return windowed(layout, options.window, options.sinks) if options.window else layout

@@ -38,14 +38,17 @@ _TILE_ELEMENTS = {2: 8192, 4: 2048}  # of keys, by the bytes of a query's: two s
 _PROGRAMS_PER_PROCESSOR = 2
 
 
-def decode_attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The specification, in float32."""
+def decode_attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
+    """The specification, in float32. Unless it is 0, scores `s` become `softcap · tanh(s / softcap)` (Gemma 2)."""
     groups = q.shape[1] // k.shape[1]
     keys, values = (t.float().repeat_interleave(groups, dim=1) for t in (k, v))
-    scores = (q.float() @ keys.mT * scale).masked_fill(~mask, -torch.inf)
+    scores = q.float() @ keys.mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
     weights = torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0.0)
-    # A position that is hidden must not count even where it holds NaN, which 0 · NaN would let through.
-    return (weights @ torch.where(mask.mT, values, 0.0)).to(q.dtype)
+    # A position that nobody sees must not count even where it holds NaN, which 0 · NaN would let through.
+    return (weights @ torch.where(mask.any(-2).unsqueeze(-1), values, 0.0)).to(q.dtype)
 
 
 @jit

@@ -1,6 +1,7 @@
 """Attention of one new token over a key-value cache in blocks, in 16 or 32 bits or rounded to 8.
 
 `out[b, h] = softmax(q[b, h] · K[b, h / G]ᵀ · scale) V[b, h / G]` over the positions that `b` sees, `G = H / H_kv`.
+With a `softcap` other than 0 a score `s` counts as `softcap · tanh(s / softcap)` (Gemma 2).
 
     q                 [B, H, D]                      float32, bfloat16 or float16
     k_cache, v_cache  [blocks, H_kv, block_size, D]  the type of q, int8 or float8_e4m3fn; last dimension contiguous
@@ -19,6 +20,10 @@ from a ring of C slots, position p from slot `p % C`.
     rings, starts       [B] int32            each row's ring (no matter where none of it is seen), and what is there
 
 More positions than C, or a ring that is not there, make the row NaN.
+
+Drafts may form a tree, and lie behind one another in the cache nevertheless. `roots`, `trees` `[B]` int32 say what a
+row sees of it: position `roots[b] + i` where bit i of `trees[b]` is set, whatever its length and the window, and of
+those before `roots[b]` what was said above. There `lengths[b]` is where the row stands in its branch, for the window.
 
 At least `2 B H_kv L (D e + s)` bytes move for L visible positions: e bytes an element, s = 4 for a scale, 0 without.
 Split as `decode_attention` is: one program takes a KV head, all its query heads, and every `splits`-th tile of the
@@ -52,7 +57,7 @@ from optimizer.backends.kernels.decode_attention import (
 )
 from optimizer.backends.kernels.gpu import Shipped, bound, jit, tl
 from optimizer.backends.kernels.library import define
-from optimizer.backends.kernels.paged_operands import check, check_recent
+from optimizer.backends.kernels.paged_operands import check, check_recent, check_tree
 from optimizer.errors import DeviceError
 
 _EVERYTHING = 2**31 - 1  # as a window
@@ -67,20 +72,25 @@ def paged_attention_ref(
     block_table: Tensor,
     lengths: Tensor,
     scale: float,
+    softcap: float,
     window: int,
     sinks: int,
     recent_k: Tensor | None = None,
     recent_v: Tensor | None = None,
     rings: Tensor | None = None,
     starts: Tensor | None = None,
+    roots: Tensor | None = None,
+    trees: Tensor | None = None,
 ) -> Tensor:
     """The specification, in float32: gather the blocks in use, decode them, attend."""
-    check(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, window, sinks)
+    check(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, softcap, window, sinks)
     check_recent(q, k_cache, recent_k, recent_v, rings, starts)
+    check_tree(q, roots, trees)
     blocks, _, size, _ = k_cache.shape
     if not q.numel() or not blocks * size or not block_table.shape[1]:
         return torch.where(lengths[:, None, None] > 0, torch.nan, torch.zeros_like(q))
-    used = max(1, min(block_table.shape[1], -(-int(lengths.max()) // size)))
+    ends = lengths if roots is None or trees is None else _ends(lengths, roots, trees)
+    used = max(1, min(block_table.shape[1], -(-int(ends.max()) // size)))
     table = block_table[:, :used].long()
     inside = (table >= 0) & (table < blocks)
     table = table.where(inside, 0)
@@ -89,6 +99,10 @@ def paged_attention_ref(
     seen = position < length
     if window:
         seen &= (position >= length - window) | (position < sinks)
+    if roots is not None and trees is not None:
+        behind = position - roots[:, None].clamp(min=0)
+        node = (trees.long()[:, None] >> behind.clamp(0, 31)) & 1 == 1
+        seen = torch.where(behind >= 0, node & (behind < 32), seen)
     # [B, used, H_kv, size, D] to [B, H_kv, used size, D]
     keys = _decoded(k_cache, k_scale, table).transpose(1, 2).flatten(2, 3)
     values = _decoded(v_cache, v_scale, table).transpose(1, 2).flatten(2, 3)
@@ -96,15 +110,22 @@ def paged_attention_ref(
     if recent_k is not None and recent_v is not None and rings is not None and starts is not None:
         count, capacity = recent_k.shape[0], recent_k.shape[2]
         recent = position >= starts[:, None]
-        there = ((rings >= 0) & (rings < count) & (length[:, 0] - starts <= capacity))[:, None]
+        there = ((rings >= 0) & (rings < count) & (ends - starts.clamp(min=0) <= capacity))[:, None]
         readable = torch.where(recent, there, readable)
         ring, slot = rings.long().where(there[:, 0], 0), position % capacity
         chosen = recent[:, None, :, None]
         keys = torch.where(chosen, recent_k[ring][:, :, slot].float(), keys)
         values = torch.where(chosen, recent_v[ring][:, :, slot].float(), values)
-    out = decode_attention_ref(q.unsqueeze(2).float(), keys, values, seen[:, None, None], scale).squeeze(2)
-    lost = (seen & ~readable).any(1) | (lengths > block_table.shape[1] * size)
+    out = decode_attention_ref(q.unsqueeze(2).float(), keys, values, seen[:, None, None], scale, softcap).squeeze(2)
+    lost = (seen & ~readable).any(1) | (ends > block_table.shape[1] * size)
     return out.masked_fill(lost[:, None, None], torch.nan).to(q.dtype)
+
+
+def _ends(lengths: Tensor, roots: Tensor, trees: Tensor) -> Tensor:
+    """`[B]`: behind the last position that each row sees of a tree, or where it sees none before its root."""
+    roots = roots.clamp(min=0)
+    width = ((trees[:, None] >> torch.arange(32, device=trees.device)) != 0).sum(1, dtype=torch.int32)
+    return torch.where(width > 0, roots + width, lengths.minimum(roots))
 
 
 def _decoded(cache: Tensor, scale: Tensor | None, table: Tensor) -> Tensor:
@@ -125,7 +146,10 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
     table_ptr,
     length_ptr,
     start_ptr,
+    root_ptr,
+    tree_ptr,
     scale,
+    cap,
     window,
     sinks,
     blocks,
@@ -159,8 +183,11 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
     WHOLE: tl.constexpr,
     SPLIT: tl.constexpr,
     SIDE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TREE: tl.constexpr,
 ):
     # SIDE: "all" positions, those "before" `starts`, or those "from" there on, where a table is the number of a ring.
+    # CAPPED: scores times `scale` are 2 s / softcap, and `cap` is softcap, both in base 2.
     b = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     part = tl.program_id(1)
@@ -171,8 +198,13 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     q = load_group(q_ptr + b * stride_qb + head * GROUP * stride_qh, stride_qh, GROUP, HEAD, BLOCK_G, BLOCK_D, PRODUCT)
     filled = tl.load(length_ptr + b)
+    low = tl.minimum(tl.maximum(filled, 0), capacity) - window
+    if TREE:
+        root = tl.maximum(tl.load(root_ptr + b), 0)
+        nodes = tl.load(tree_ptr + b)
+        width = tl.sum(((nodes >> tl.arange(0, 32)) != 0).to(tl.int32), 0)
+        filled = tl.where(width > 0, root + width, tl.minimum(filled, root))
     length = tl.minimum(tl.maximum(filled, 0), capacity)
-    low = length - window
     fits = filled <= capacity
     if SIDE != "all":
         start = tl.load(start_ptr + b)
@@ -180,9 +212,11 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
             length = tl.minimum(length, tl.maximum(start, 0))
         else:
             low = tl.where(start < sinks, low, tl.maximum(low, start))
-            fits = fits & (filled - start <= block_size)
+            fits = fits & (filled - tl.maximum(start, 0) <= block_size)
     # Tiles are those of the sinks, then from the window's start on: the former only as far as they do not overlap.
     first = tl.maximum(low, 0) // BLOCK_N
+    if TREE:  # of which all is seen that the window's start may lie behind
+        first = tl.minimum(first, root // BLOCK_N)
     sink_tiles = tl.minimum(tl.cdiv(sinks, BLOCK_N), first)
     tiles = sink_tiles + tl.maximum(tl.cdiv(length, BLOCK_N) - first, 0)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -191,7 +225,11 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
     for tile in range(bound(part), bound(tiles), bound(programs)):
         tile_start = tl.where(tile < sink_tiles, tile, tile - sink_tiles + first) * BLOCK_N
         position = tile_start + n
-        seen = (position < length) & ((position < sinks) | (position >= low))
+        seen = (position < sinks) | (position >= low)
+        if TREE:
+            behind = position - root
+            seen = tl.where(behind < 0, seen, ((nodes >> tl.minimum(tl.maximum(behind, 0), 31)) & 1) != 0)
+        seen = seen & (position < length)
         if SIDE == "from":
             seen = seen & (position >= start)
             block = tl.load(table_ptr + b)
@@ -213,6 +251,8 @@ def _paged_kernel(  # type: ignore[no-untyped-def]
         if QUANTIZED:
             k_scale = tl.load(k_scale_ptr + block * stride_ksb + head * stride_ksh + within, mask=read, other=0.0)
             scores *= k_scale[None, :]
+        if CAPPED:
+            scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
         scores = tl.where((inside & fits & (n >= 0))[None, :], scores, float("nan"))
         weights, keep, top, total = weigh(scores, seen, top, total)
         if QUANTIZED:
@@ -235,20 +275,24 @@ def _paged_attention_cuda(
     block_table: Tensor,
     lengths: Tensor,
     scale: float,
+    softcap: float,
     window: int,
     sinks: int,
     recent_k: Tensor | None = None,
     recent_v: Tensor | None = None,
     rings: Tensor | None = None,
     starts: Tensor | None = None,
+    roots: Tensor | None = None,
+    trees: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """Launch the kernels; `splits` overrides how many parts the positions are divided into.
 
     What lies in rings is attended by one more launch, whose parts are combined with the others.
     """
-    check(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, window, sinks)
+    check(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, softcap, window, sinks)
     check_recent(q, k_cache, recent_k, recent_v, rings, starts)
+    check_tree(q, roots, trees)
     batch, heads, head = q.shape
     blocks, kv_heads, block_size, _ = k_cache.shape
     capacity = block_table.shape[1] * block_size
@@ -267,14 +311,16 @@ def _paged_attention_cuda(
     part, stats = split_buffers(q, splits + in_rings)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     into, counts = (out, part, stats, inner_contiguous(q)), (capacity, splits + in_rings)
-    lengths, bounds = lengths.contiguous(), (scale * LOG2_E, window or _EVERYTHING, sinks)
+    factors = (2 * LOG2_E * scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E)
+    lengths, bounds = lengths.contiguous(), (*factors, window or _EVERYTHING, sinks)
+    tree = None if roots is None or trees is None else (roots.contiguous(), trees.contiguous())
     blocked = (k_cache, v_cache, k_scale, v_scale, block_table)
     if recent_k is None or recent_v is None or rings is None or starts is None:
-        _launch(into, blocked, lengths, None, bounds, *counts, 0, splits, "all", whole)
+        _launch(into, blocked, lengths, None, tree, bounds, *counts, 0, splits, "all", whole)
     else:
         starts, ring = starts.contiguous(), (recent_k, recent_v, None, None, rings.contiguous()[:, None])
-        _launch(into, blocked, lengths, starts, bounds, *counts, 0, splits, "before", whole)
-        _launch(into, ring, lengths, starts, bounds, *counts, splits, in_rings, "from", False)
+        _launch(into, blocked, lengths, starts, tree, bounds, *counts, 0, splits, "before", whole)
+        _launch(into, ring, lengths, starts, tree, bounds, *counts, splits, in_rings, "from", False)
     combine(out, part, stats)
     return out
 
@@ -284,7 +330,8 @@ def _launch(
     cache: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor],
     lengths: Tensor,
     starts: Tensor | None,
-    bounds: tuple[float, int, int],
+    tree: tuple[Tensor, Tensor] | None,
+    bounds: tuple[float, float, int, int],
     capacity: int,
     splits: int,
     first: int,
@@ -304,10 +351,12 @@ def _launch(
         scale_strides = (*k_scale.stride()[:2], *v_scale.stride()[:2])
     sizes = tile_constants(kv_heads, heads // kv_heads, head, q.element_size())
     _paged_kernel[(batch * kv_heads, programs)](
-        out, part, stats, q, k_cache, v_cache, k_scale, v_scale, table, lengths, starts, *bounds, blocks, block_size,
-        capacity, first, splits, batch * heads * splits, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        *scale_strides, table.stride(0), **sizes, **_products(product_type(q), k_scale is not None), WHOLE=whole,
-        SPLIT=splits > 1, SIDE=side, num_warps=WARPS, num_stages=_stages(whole or side == "from", sizes["BLOCK_N"]),
+        out, part, stats, q, k_cache, v_cache, k_scale, v_scale, table, lengths, starts, *(tree or (None, None)),
+        *bounds, blocks, block_size, capacity, first, splits, batch * heads * splits, *q.stride()[:2],
+        *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides, table.stride(0), **sizes,
+        **_products(product_type(q), k_scale is not None), WHOLE=whole, SPLIT=splits > 1, SIDE=side,
+        CAPPED=bounds[1] != 0, TREE=tree is not None, num_warps=WARPS,
+        num_stages=_stages(whole or side == "from", sizes["BLOCK_N"]),
     )  # fmt: skip
 
 
@@ -337,20 +386,22 @@ def _fake(q: Tensor, *_: Any) -> Tensor:
 
 paged_attention = define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
-    "Tensor lengths, float scale, int window, int sinks, Tensor? recent_k, Tensor? recent_v, Tensor? rings, "
-    "Tensor? starts) -> Tensor",
+    "Tensor lengths, float scale, float softcap, int window, int sinks, Tensor? recent_k, Tensor? recent_v, "
+    "Tensor? rings, Tensor? starts, Tensor? roots, Tensor? trees) -> Tensor",
     paged_attention_ref,
     _fake,
     cuda=_paged_attention_cuda,
 )
 
 
-def _shipped(head: int, cache: str, whole: bool, side: str = "all") -> Shipped:
+def _shipped(
+    head: int, cache: str, whole: bool, side: str = "all", *, capped: bool = False, tree: bool = False
+) -> Shipped:
     """One build, with the heads of an 8 B Llama: 8 KV heads with 4 query heads each."""
     pointers = {"out_ptr": "*bf16", "part_ptr": "*fp32", "stats_ptr": "*fp32", "q_ptr": "*bf16"}
     integers = ("window", "sinks", "blocks", "block_size", "capacity", "first_split", "splits", "entries")
     caches = {"k_ptr": cache, "v_ptr": cache}
-    tables = {"table_ptr": "*i32", "length_ptr": "*i32", "scale": "fp32"}
+    tables = {"table_ptr": "*i32", "length_ptr": "*i32", "scale": "fp32", "cap": "fp32"}
     strides = ["qb", "qh", "kb", "kh", "ks", "vb", "vh", "vs", "tb"]
     quantized = cache != "*bf16"
     absent: dict[str, Any] = {}
@@ -364,15 +415,21 @@ def _shipped(head: int, cache: str, whole: bool, side: str = "all") -> Shipped:
         absent["start_ptr"] = None
     else:
         tables["start_ptr"] = "*i32"
+    if tree:
+        tables |= {"root_ptr": "*i32", "tree_ptr": "*i32"}
+    else:
+        absent |= {"root_ptr": None, "tree_ptr": None}
     signature = pointers | caches | tables | dict.fromkeys((*integers, *(f"stride_{x}" for x in strides)), "i32")
     constants = tile_constants(8, 4, head, 2) | _products(tl.bfloat16, quantized) | absent
     where = {"all": "", "before": ", before a ring", "from": " ring"}[side]
     label = f"{cache[1:]}{where if side == 'from' else ''}, D = {head}"
     if side != "from":
         label += f", {'one block a tile' if whole else 'small blocks'}{where}"
+    label += ", capped" * capped + ", tree" * tree
+    constants |= {"WHOLE": whole, "SPLIT": True, "SIDE": side, "CAPPED": capped, "TREE": tree}
+    stages = _stages(whole or side == "from", constants["BLOCK_N"])
     return Shipped(
-        _paged_kernel, label, signature, constants | {"WHOLE": whole, "SPLIT": True, "SIDE": side}, WARPS,
-        _stages(whole or side == "from", constants["BLOCK_N"]), unaligned=(*integers, "stride_tb"),
+        _paged_kernel, label, signature, constants, WARPS, stages, unaligned=(*integers, "stride_tb"),
         expects=("load128", "mma", "no-atomics"), targets=(90, 100) if cache == "*fp8e4nv" else (80, 90, 100),
     )  # fmt: skip
 
@@ -392,4 +449,10 @@ SHIPPED = () if tl is None else (
     _shipped(128, "*fp8e4nv", False, "before"),
     _shipped(64, "*bf16", False, "from"),
     _shipped(128, "*bf16", False, "from"),
+    _shipped(256, "*bf16", False, capped=True),
+    _shipped(256, "*i8", False, capped=True),
+    _shipped(128, "*bf16", False, tree=True),
+    _shipped(128, "*i8", False, tree=True),
+    _shipped(128, "*i8", False, "before", tree=True),
+    _shipped(128, "*bf16", False, "from", tree=True),
 )  # fmt: skip

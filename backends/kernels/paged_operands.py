@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ def check(
     v_scale: Tensor | None,
     block_table: Tensor,
     lengths: Tensor,
+    softcap: float,
     window: int,
     sinks: int,
 ) -> None:
@@ -49,6 +52,8 @@ def check(
         raise UsageError(f"lengths must be int32 [{q.shape[0]}]; got {lengths.dtype} {list(lengths.shape)}.")
     if window < 0 or sinks < 0:
         raise UsageError(f"window and sinks must be 0 or more; got {window} and {sinks}.")
+    if not 0 <= softcap < math.inf:
+        raise UsageError(f"softcap must be finite and 0 or more; got {softcap}.")
 
 
 def check_recent(
@@ -74,4 +79,13 @@ def check_recent(
         )
     for name, rows in (("rings", rings), ("starts", starts)):
         if rows.shape != q.shape[:1] or rows.dtype != torch.int32:
+            raise UsageError(f"{name} must be int32 [{q.shape[0]}]; got {rows.dtype} {list(rows.shape)}.")
+
+
+def check_tree(q: Tensor, roots: Tensor | None, trees: Tensor | None) -> None:
+    """`UsageError` unless both or neither of a tree's operands are given, in the shapes of `q`."""
+    if (roots is None) != (trees is None):
+        raise UsageError("roots and trees go together; got one of them.")
+    for name, rows in (("roots", roots), ("trees", trees)):
+        if rows is not None and (rows.shape != q.shape[:1] or rows.dtype != torch.int32):
             raise UsageError(f"{name} must be int32 [{q.shape[0]}]; got {rows.dtype} {list(rows.shape)}.")

@@ -175,7 +175,7 @@ def random_cache(bench: Bench, shape: tuple[int, ...], dtype: torch.dtype) -> Ca
 def attend(q: Tensor, cache: Cache, table: Tensor, lengths: Tensor, scale: float) -> Call:
     """A call of the attention over such a cache."""
     k, v, k_scale, v_scale = cache
-    return lambda: paged_attention(q, k, v, k_scale, v_scale, table, lengths, scale, 0, 0, *[None] * 4)
+    return lambda: paged_attention(q, k, v, k_scale, v_scale, table, lengths, scale, 0.0, 0, 0, *[None] * 6)
 
 
 def elementwise(bench: Bench) -> None:

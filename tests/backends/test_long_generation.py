@@ -26,6 +26,9 @@ MODELS: dict[str, Any] = {
     "llama": lambda: build(hf.LlamaForCausalLM, hf.LlamaConfig, LLAMA_LIKE | LONG),
     "qwen3": lambda: build(hf.Qwen3ForCausalLM, hf.Qwen3Config, LLAMA_LIKE | OF_ITS_OWN | LONG),
     "gemma3": lambda: build(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, LLAMA_LIKE | OF_ITS_OWN | LONG | HYBRID),
+    "gemma2": lambda: build(
+        hf.Gemma2ForCausalLM, hf.Gemma2Config, LLAMA_LIKE | OF_ITS_OWN | LONG | HYBRID | {"attn_logit_softcapping": 5.0}
+    ),
     "gpt2": lambda: build(hf.GPT2LMHeadModel, hf.GPT2Config, GPT2 | {"n_positions": 1024}),
 }
 NEW = 512

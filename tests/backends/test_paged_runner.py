@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from scipy import stats
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -24,12 +25,19 @@ from optimizer.passes.base import view
 from optimizer.quant.kv import KvKind
 from tests.backends.decoder_models import VOCAB, llama, mistral, prompts
 from tests.passes import small_architectures
-from tests.passes.small_architectures import ARCHITECTURES
+from tests.passes.small_architectures import ARCHITECTURES, LLAMA_LIKE, OF_ITS_OWN, build
 
 # Inductor imports torch.jit on first use, and PyTorch 2.13 deprecates its own call there.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
-REFUSED = {"gemma2": "softcap", "falcon": "computes attention itself"}
+FALCON = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0}
+BLOOM = {"vocab_size": 320, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+FALCONS: dict[str, dict[str, Any]] = {
+    "a group of all heads": {"multi_query": True},
+    "groups of heads": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "a group a head": {"multi_query": False, "parallel_attn": False, "bias": True},
+}
+"""One of each kind that there is: 7 B, 40 B, and those before."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +73,7 @@ def stepped(runner: PagedRunner, tokens: Tensor, prompt: int) -> Tensor:
     return torch.stack(found, 1)
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in REFUSED])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_tokens_of_a_ragged_batch_are_transformers_own(name: str) -> None:
     model = ARCHITECTURES[name]()
     tokens = small_architectures.tokens(3, 24)
@@ -81,13 +89,70 @@ def test_greedy_tokens_of_a_ragged_batch_are_transformers_own(name: str) -> None
     assert by_request == expected[:, 24:].tolist()
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_model_whose_attention_cannot_read_blocks_is_refused_with_the_reason(name: str) -> None:
-    model = view(ARCHITECTURES[name]())
-    before = model.config._attn_implementation
-    with pytest.raises(ModelError, match=REFUSED[name]):
+def gemma2(**changes: Any) -> Any:
+    """Scores that a cap moves a lot, and a window in every other layer that most of a text has left."""
+    options = {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 2, "sliding_window": 20} | changes
+    return build(hf.Gemma2ForCausalLM, hf.Gemma2Config, LLAMA_LIKE | OF_ITS_OWN | options)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_capped_scores_and_windows_that_alternate(compile: bool) -> None:
+    model = gemma2()
+    tokens = small_architectures.tokens(2, 24)
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    runner = paged(model, compile=compile)
+    assert runner.layout.windows == (0, 20)
+    expected = reference(model, tokens, mask, 60)
+    assert torch.equal(runner.generate(tokens, mask, max_new_tokens=60), expected)
+    plain = gemma2(attn_logit_softcapping=None)
+    assert not torch.equal(reference(plain, tokens, mask, 60), expected)  # so the cap was there
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("fp8", 0.08)])
+def test_an_8_bit_cache_under_capped_scores_stays_within_the_bounds(kind: KvKind, bound: float) -> None:
+    # Those of `test_long_generation`, which derives them.
+    model, tokens = gemma2(), small_architectures.tokens(2, 60)
+    exact = forward(model, tokens)[:, 29:]
+    for recent in (0, 16):
+        found = stepped(paged(model, kv=kind, recent=recent), tokens, 30)
+        error = ((found - exact).norm(dim=-1) / exact.norm(dim=-1)).mean()
+        assert bound / 100 < float(error) < bound
+
+
+@pytest.mark.parametrize("name", FALCONS)
+def test_falcon_attends_over_blocks_of_what_its_groups_have(name: str) -> None:
+    model = build(hf.FalconForCausalLM, hf.FalconConfig, FALCON | FALCONS[name])
+    tokens = small_architectures.tokens(3, 24)
+    mask = torch.ones_like(tokens)
+    mask[1, :5], mask[2, :11] = 0, 0
+    expected, own = reference(model, tokens, mask, 40), {name: type(m) for name, m in model.named_modules()}
+    runner = paged(model)
+    assert torch.equal(runner.generate(tokens, mask, max_new_tokens=40), expected)
+    again = PagedRunner(view(runner.model), compile=False)  # a model that was switched before
+    assert torch.equal(again.generate(tokens, mask, max_new_tokens=40), expected)
+    assert {name: type(m) for name, m in model.named_modules()} == own
+    assert runner.model.state_dict().keys() == model.state_dict().keys()
+    heads = {"a group of all heads": 1, "groups of heads": 2, "a group a head": 4}[name]
+    assert runner.kv_bytes_per_token == 2 * 2 * heads * 16 * 4
+    assert from_module(model).kv_cache_bytes(1, 1) == runner.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: build(hf.FalconForCausalLM, hf.FalconConfig, FALCON | {"alibi": True}), "alibi"),
+        (lambda: build(hf.BloomForCausalLM, hf.BloomConfig, BLOOM), "computes attention itself"),
+    ],
+    ids=["alibi", "bloom"],
+)
+def test_a_model_whose_attention_cannot_read_blocks_is_refused_with_the_reason(make: Any, reason: str) -> None:
+    model = view(make())
+    before, modules = model.config._attn_implementation, dict(model.named_modules())
+    with pytest.raises(ModelError, match=reason):
         PagedRunner(model)
     assert model.config._attn_implementation == before
+    assert dict(model.named_modules()) == modules
 
 
 def test_compiled_steps_are_one_graph_a_bucket_and_give_the_same_tokens() -> None:

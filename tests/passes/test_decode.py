@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from optimizer.backends.compiled import CompiledRunner
 from optimizer.backends.kernels.build import CpuKernels, cpu_kernels
@@ -20,7 +21,7 @@ from optimizer.passes.merge_linears import MergeLinears
 from optimizer.passes.quantize import Quantize
 from optimizer.quant.activations import quantize_activation
 from tests.backends.decoder_models import llama, prompts
-from tests.passes.small_architectures import ARCHITECTURES
+from tests.passes.small_architectures import ARCHITECTURES, FALCON, build
 
 
 @pytest.mark.parametrize(("option", "expected"), [(None, 1024), (200, 200), (1024, 1024)])
@@ -149,12 +150,26 @@ def test_recent_tokens_are_reported_and_counted() -> None:
 
 
 def test_a_model_that_cannot_be_paged_stays_static_and_the_report_says_why() -> None:
-    model, ctx = ARCHITECTURES["gemma2"](), Context()
+    def alibi() -> Any:
+        return build(hf.FalconForCausalLM, hf.FalconConfig, FALCON | {"alibi": True})
+
+    model, ctx = alibi(), Context()
     report = Decode(cache="paged", compile=False).run(model, ctx)
     assert isinstance(ctx.make_runner(model, None), CompiledRunner)
-    assert [(skip.name, "softcap" in skip.reason) for skip in report.skipped] == [("cache", True)]
-    with pytest.raises(ModelError, match="softcap"):  # an 8-bit cache was asked for: static would not be one
-        Decode(cache="paged", kv="int8", compile=False).run(ARCHITECTURES["gemma2"](), Context())
+    assert [(skip.name, "alibi" in skip.reason) for skip in report.skipped] == [("cache", True)]
+    with pytest.raises(ModelError, match="alibi"):  # an 8-bit cache was asked for: static would not be one
+        Decode(cache="paged", kv="int8", compile=False).run(alibi(), Context())
+
+
+@pytest.mark.parametrize("name", ["gemma2", "falcon"])
+def test_models_that_attend_in_a_way_of_their_own_are_paged(name: str) -> None:
+    model, ctx = ARCHITECTURES[name](), Context()
+    tokens = prompts(2, 20)[0]
+    expected = EagerRunner(ARCHITECTURES[name]()).generate(tokens, max_new_tokens=20)
+    Decode(cache="paged", block_size=8, compile=False).run(model, ctx)
+    runner = ctx.make_runner(model, None)
+    assert isinstance(runner, PagedRunner)
+    assert torch.equal(runner.generate(tokens, max_new_tokens=20), expected)
 
 
 @pytest.mark.parametrize(

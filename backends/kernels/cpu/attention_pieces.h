@@ -59,6 +59,12 @@ inline vf exp2_below(vf x) {
   return x < -125.f ? zero : (p * r + 1.f) * load<vf>(&power);
 }
 
+// cap · tanh(x ln 2 / 2), NaN for NaN: with x = 2 s / (c ln 2) and cap = c / ln 2, scores s capped at c, in base 2.
+inline vf capped(vf x, float cap) {
+  const vf power = exp2_below(x < 0 ? x : -x), size = (1.f - power) / (1.f + power) * cap;
+  return x < 0 ? -size : size;
+}
+
 // Products of G query heads `q [G, D]` with the keys of n positions, W / G at a time: `scores[g * PIECE + position]`.
 // TAIL: D is no multiple of W. A constant, as GCC would spill the sums between a loop and a part that may follow it.
 template <typename E, int G, bool TAIL>
@@ -84,15 +90,16 @@ void score(const float* q, const E* const* keys, int64_t n, int64_t d, float* sc
 }
 
 // Scores of n positions, in place, to weights times the values' scale; returns the largest score, in base 2, and their
-// total before that scale. A NaN does not count as the largest, but makes the total one.
+// total before that scale. A NaN does not count as the largest, but makes the total one. `cap` is that of `capped`, or 0.
 struct Softmax {
   float largest, total;
 };
-inline Softmax softmax(float* scores, int64_t n, float scale, const float* k_scale, const float* v_scale) {
+inline Softmax softmax(float* scores, int64_t n, float scale, float cap, const float* k_scale, const float* v_scale) {
   vf top = vf{} + LOWEST, total = {};
   for (int64_t i = 0; i < n; i += W) {
     vf s = load<vf>(scores + i) * scale;
     if (k_scale) s *= load<vf>(k_scale + i);
+    if (cap) s = capped(s, cap);
     for (int64_t l = n - i; l < W; ++l) s[l] = LOWEST;
     top = s > top ? s : top;
     std::memcpy(scores + i, &s, sizeof(vf));
@@ -145,11 +152,13 @@ struct Paged {
   const E* at(int64_t b, int64_t h, int64_t s) const { return data + b * block + h * head + s * slot; }
 };
 
-// What a row of the batch sees: `sinks` positions from `begin` on, and those from `first` on, `seen` in all. None where
-// it is lost. Of a ring the table is one block, whatever the position: a stride of 0.
+// What a row of the batch sees: `sinks` positions from `begin` on, those from `first` on, and last `root + i` for each
+// bit i of `tree`, `seen` in all. None where it is lost. Of a ring the table is one block, whatever the position: a
+// stride of 0.
 struct Row {
   const int32_t* table;
-  int64_t stride, begin = 0, sinks = 0, first = 0, seen = 0;
+  int64_t stride, begin = 0, sinks = 0, first = 0, seen = 0, root = 0;
+  uint32_t tree = 0;
   bool lost = false;
   int64_t pieces() const { return (seen + PIECE - 1) / PIECE; }
 };
@@ -160,7 +169,7 @@ struct PagedAttention {
   Paged<float> k_scale, v_scale;
   const float* q;  // [B, H_kv, G, D]
   int64_t kv_heads, group, d, block_size;
-  float scale;  // of scores in base 2
+  float scale, cap;  // of scores in base 2, before and after `capped`; no cap is 0
   std::vector<Row> rows;
 
   // One thread's: where the n positions of a piece lie, their scores [G, PIECE], and what comes of them.
@@ -179,12 +188,17 @@ struct PagedAttention {
   int64_t grain(int64_t pieces) const { return 1 + TASK_BYTES / (1 + pieces * PIECE * d * 2 * sizeof(E)); }
 
   void gather(const Row& row, int64_t head, int64_t from, Scratch& to) const {
-    const int64_t n = to.n = std::min(PIECE, row.seen - from);
+    const int64_t n = to.n = std::min(PIECE, row.seen - from), straight = row.seen - __builtin_popcount(row.tree);
+    uint32_t nodes = row.tree;
+    for (int64_t taken = straight; taken < from; ++taken) nodes &= nodes - 1;
     for (int64_t i = 0; i < n;) {
-      const bool sink = from + i < row.sinks;
-      const int64_t position = from + i + (sink ? row.begin : row.first - row.sinks), start = position % block_size;
-      const int64_t block = row.table[position / block_size * row.stride];
-      const int64_t run = std::min((sink ? std::min(n, row.sinks - from) : n) - i, block_size - start);
+      const bool sink = from + i < row.sinks, node = from + i >= straight;
+      const int64_t position = node ? row.root + __builtin_ctz(nodes)
+                                    : from + i + (sink ? row.begin : row.first - row.sinks);
+      if (node) nodes &= nodes - 1;
+      const int64_t start = position % block_size, block = row.table[position / block_size * row.stride];
+      const int64_t end = node ? i + 1 : std::min(n, (sink ? row.sinks : straight) - from);
+      const int64_t run = std::min(end - i, block_size - start);
       for (int64_t slot = start; slot < start + run; ++slot, ++i) {
         to.keys[i] = k.at(block, head, slot), to.values[i] = v.at(block, head, slot);
         if (k_scale.data) to.k_scale[i] = *k_scale.at(block, head, slot);
@@ -204,7 +218,7 @@ struct PagedAttention {
       product(query + g * d, s.keys, s.n, d, &s.scores[g * PIECE]);
     });
     for (int64_t g = 0; g < group; ++g) {
-      const Softmax of = softmax(&s.scores[g * PIECE], s.n, scale * unit<E>, k_scale.data ? s.k_scale : nullptr,
+      const Softmax of = softmax(&s.scores[g * PIECE], s.n, scale * unit<E>, cap, k_scale.data ? s.k_scale : nullptr,
                                  v_scale.data ? s.v_scale : nullptr);
       part[g] = of.largest, part[group + g] = of.total;
     }

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "attention_pieces.h"
@@ -103,21 +104,42 @@ struct Joint {
   }
 };
 
+// The lengths of rows, and the nodes of a tree that each sees, where there is one.
+struct Extents {
+  const at::Tensor lengths;
+  const std::optional<at::Tensor> roots, trees;
+
+  static int64_t at(const at::Tensor& values, int64_t b) {
+    return values.const_data_ptr<int32_t>()[b * values.stride(0)];
+  }
+  int64_t length(int64_t b) const { return at(lengths, b); }
+  int64_t root(int64_t b) const { return roots ? std::max<int64_t>(0, at(*roots, b)) : 0; }
+  uint32_t tree(int64_t b) const { return trees ? static_cast<uint32_t>(at(*trees, b)) : 0; }
+  // Where the positions end that are seen by their place, and where all end.
+  int64_t straight(int64_t b) const { return trees ? std::min(length(b), root(b)) : length(b); }
+  int64_t end(int64_t b) const { return tree(b) ? root(b) + 32 - __builtin_clz(tree(b)) : straight(b); }
+};
+
+// Those of a tree's nodes at `root` that lie before position `start`.
+inline uint32_t nodes_before(int64_t start, int64_t root) {
+  return start - root >= 32 ? ~0u : start <= root ? 0u : (1u << (start - root)) - 1;
+}
+
 // What each row sees: nothing where it is longer than its table or sees a block outside the cache.
 // What lies in rings from `starts` on is left out.
-inline std::vector<Row> seen_rows(const at::Tensor& table, const at::Tensor& lengths,
+inline std::vector<Row> seen_rows(const at::Tensor& table, const Extents& extents,
                                   const std::optional<at::Tensor>& starts, int64_t blocks, int64_t block_size,
                                   int64_t window, int64_t sinks) {
   std::vector<Row> rows;
-  for (int64_t b = 0; b < lengths.size(0); ++b) {
+  for (int64_t b = 0; b < table.size(0); ++b) {
     Row row{table.const_data_ptr<int32_t>() + b * table.stride(0), table.stride(1)};
-    const int64_t length = lengths.const_data_ptr<int32_t>()[b * lengths.stride(0)];
-    const int64_t end = starts ? std::clamp<int64_t>(starts->const_data_ptr<int32_t>()[b * starts->stride(0)], 0,
-                                                     std::max<int64_t>(length, 0))
-                               : length;
+    const int64_t length = extents.length(b), straight = extents.straight(b);
+    const int64_t start = starts ? std::max<int64_t>(0, Extents::at(*starts, b)) : std::numeric_limits<int64_t>::max();
+    const int64_t end = starts ? std::min(start, std::max<int64_t>(straight, 0)) : straight;
+    row.root = extents.root(b), row.tree = extents.tree(b) & nodes_before(start, row.root);
     row.first = window && length > window ? length - window : 0;
     row.sinks = std::min({sinks, row.first, std::max<int64_t>(end, 0)});
-    row.lost = length > table.size(1) * block_size;
+    row.lost = extents.end(b) > table.size(1) * block_size;
     const auto check = [&](int64_t begin, int64_t end) {
       if (begin >= end || row.lost) return;
       for (int64_t i = begin / block_size; i <= (end - 1) / block_size; ++i)
@@ -125,26 +147,30 @@ inline std::vector<Row> seen_rows(const at::Tensor& table, const at::Tensor& len
     };
     check(0, row.sinks);
     check(row.first, end);
-    row.seen = row.lost ? 0 : row.sinks + std::max<int64_t>(0, end - row.first);
+    for (uint32_t nodes = row.tree; nodes; nodes &= nodes - 1)
+      check(row.root + __builtin_ctz(nodes), row.root + __builtin_ctz(nodes) + 1);
+    if (row.lost) row.tree = 0;
+    row.seen = row.lost ? 0 : row.sinks + std::max<int64_t>(0, end - row.first) + __builtin_popcount(row.tree);
     rows.push_back(row);
   }
   return rows;
 }
 
 // What each row sees of its ring of `capacity` slots: nothing where it has none, or sees more than fits.
-inline std::vector<Row> recent_rows(const at::Tensor& rings, const at::Tensor& starts, const at::Tensor& lengths,
+inline std::vector<Row> recent_rows(const at::Tensor& rings, const at::Tensor& starts, const Extents& extents,
                                     int64_t count, int64_t capacity, int64_t window, int64_t sinks) {
   std::vector<Row> rows;
-  for (int64_t b = 0; b < lengths.size(0); ++b) {
+  for (int64_t b = 0; b < rings.size(0); ++b) {
     Row row{rings.const_data_ptr<int32_t>() + b * rings.stride(0), 0};
-    const int64_t length = lengths.const_data_ptr<int32_t>()[b * lengths.stride(0)];
-    const int64_t start = std::max<int64_t>(0, starts.const_data_ptr<int32_t>()[b * starts.stride(0)]);
+    const int64_t length = extents.length(b), end = extents.straight(b);
+    const int64_t start = std::max<int64_t>(0, Extents::at(starts, b));
     const int64_t low = window && length > window ? length - window : 0;
     row.begin = start, row.first = std::max(low, start);
-    row.sinks = std::max<int64_t>(0, std::min(sinks, low) - start);
-    row.seen = row.sinks + std::max<int64_t>(0, length - row.first);
-    row.lost = row.seen && (*row.table < 0 || *row.table >= count || length - start > capacity);
-    if (row.lost) row.seen = 0;
+    row.root = extents.root(b), row.tree = extents.tree(b) & ~nodes_before(start, row.root);
+    row.sinks = std::max<int64_t>(0, std::min({sinks, low, end}) - start);
+    row.seen = row.sinks + std::max<int64_t>(0, end - row.first) + __builtin_popcount(row.tree);
+    row.lost = row.seen && (*row.table < 0 || *row.table >= count || extents.end(b) - start > capacity);
+    if (row.lost) row.seen = 0, row.tree = 0;
     rows.push_back(row);
   }
   return rows;
@@ -152,7 +178,8 @@ inline std::vector<Row> recent_rows(const at::Tensor& rings, const at::Tensor& s
 
 inline void check_paged(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                         const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale,
-                        const at::Tensor& table, const at::Tensor& lengths, int64_t window, int64_t sinks) {
+                        const at::Tensor& table, const at::Tensor& lengths, double softcap, int64_t window,
+                        int64_t sinks) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 4 && k.sizes() == v.sizes() && q.size(2) == k.size(3),
               "paged_attention takes q [B, H, D], k_cache and v_cache [blocks, H_kv, block_size, D]; got ", q.sizes(),
               ", ", k.sizes(), ", ", v.sizes());
@@ -173,6 +200,15 @@ inline void check_paged(const at::Tensor& q, const at::Tensor& k, const at::Tens
   TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == q.size(0) && lengths.scalar_type() == at::kInt,
               "lengths must be int32 [", q.size(0), "]; got ", lengths.scalar_type(), " ", lengths.sizes());
   TORCH_CHECK(window >= 0 && sinks >= 0, "window and sinks must be 0 or more; got ", window, " and ", sinks);
+  TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap must be finite and 0 or more; got ", softcap);
+}
+
+inline void check_tree(const at::Tensor& q, const std::optional<at::Tensor>& roots,
+                       const std::optional<at::Tensor>& trees) {
+  TORCH_CHECK(roots.has_value() == trees.has_value(), "roots and trees go together; got one of them");
+  for (const auto& [name, rows] : {std::pair("roots", &roots), std::pair("trees", &trees)})
+    TORCH_CHECK(!*rows || ((*rows)->dim() == 1 && (*rows)->size(0) == q.size(0) && (*rows)->scalar_type() == at::kInt),
+                name, " must be int32 [", q.size(0), "]; got ", (*rows)->scalar_type(), " ", (*rows)->sizes());
 }
 
 // Whether rings are given, which are then of the right shapes.
@@ -196,11 +232,13 @@ inline bool check_rings(const at::Tensor& q, const at::Tensor& k, const std::opt
 
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale,
-                           const at::Tensor& block_table, const at::Tensor& lengths, double scale, int64_t window,
-                           int64_t sinks, const std::optional<at::Tensor>& recent_k,
+                           const at::Tensor& block_table, const at::Tensor& lengths, double scale, double softcap,
+                           int64_t window, int64_t sinks, const std::optional<at::Tensor>& recent_k,
                            const std::optional<at::Tensor>& recent_v, const std::optional<at::Tensor>& rings,
-                           const std::optional<at::Tensor>& starts) {
-  check_paged(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, window, sinks);
+                           const std::optional<at::Tensor>& starts, const std::optional<at::Tensor>& roots,
+                           const std::optional<at::Tensor>& trees) {
+  check_paged(q, k_cache, v_cache, k_scale, v_scale, block_table, lengths, softcap, window, sinks);
+  check_tree(q, roots, trees);
   const bool ringed = check_rings(q, k_cache, recent_k, recent_v, rings, starts);
   const auto inner = [](const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); };
   const at::Tensor qc = q.contiguous(), k = inner(k_cache), v = inner(v_cache);
@@ -209,18 +247,22 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   at::Tensor out = at::empty(q.sizes(), q.options());
   if (!q.numel()) return out;
   const int64_t kv_heads = k.size(1), group = q.size(1) / kv_heads, d = q.size(2);
-  const float base2 = static_cast<float>(scale / std::log(2.));
+  const double base2 = 1 / std::log(2.);
+  const float factor = static_cast<float>(softcap ? 2 * base2 * scale / softcap : base2 * scale);
+  const float cap = static_cast<float>(base2 * softcap);
+  const Extents extents{lengths, roots, trees};
   const auto attend = [&](auto element, auto wide_element) {
     typedef decltype(element) E;
     typedef decltype(wide_element) R;
     const std::optional<at::Tensor> none;
     Joint<E, R> joint{{Paged<E>(k), Paged<E>(v), Paged<float>(k_scale), Paged<float>(v_scale), wide.data, kv_heads, group,
-                       d, k.size(2), base2, seen_rows(block_table, lengths, starts, k.size(0), k.size(2), window, sinks)},
+                       d, k.size(2), factor, cap,
+                       seen_rows(block_table, extents, starts, k.size(0), k.size(2), window, sinks)},
                       std::nullopt};
     if (ringed)
       joint.recent.emplace(PagedAttention<R>{
           Paged<R>(rk), Paged<R>(rv), Paged<float>(none), Paged<float>(none), wide.data, kv_heads, group, d, rk.size(2),
-          base2, recent_rows(*rings, *starts, lengths, rk.size(0), rk.size(2), window, sinks)});
+          factor, cap, recent_rows(*rings, *starts, extents, rk.size(0), rk.size(2), window, sinks)});
     joint.run(out);
   };
   const auto by_query = [&](auto element) {

@@ -201,7 +201,9 @@ def test_a_contiguous_cache_read_by_attention(op: Any) -> None:
     op(*one.args)
     table, lengths = torch.arange(2, dtype=torch.int32)[:, None], (position + 1).int()
     # With a window of one, attention returns the value of the new token.
-    got = paged_attention(one.k[:, :, 0], one.k_cache, one.v_cache, None, None, table, lengths, 0.2, 1, 0, *[None] * 4)
+    got = paged_attention(
+        one.k[:, :, 0], one.k_cache, one.v_cache, None, None, table, lengths, 0.2, 0.0, 1, 0, *[None] * 6
+    )
     assert torch.equal(got, one.v[:, :, 0])
 
 

@@ -46,12 +46,15 @@ class Case:
     block_table: Tensor
     lengths: Tensor
     scale: float
+    softcap: float = 0.0
     window: int = 0
     sinks: int = 0
     recent_k: Tensor | None = None
     recent_v: Tensor | None = None
     rings: Tensor | None = None
     starts: Tensor | None = None
+    roots: Tensor | None = None
+    trees: Tensor | None = None
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -61,7 +64,12 @@ class Case:
         position = torch.arange(self.block_table.shape[1] * self.k_cache.shape[2], device=self.q.device)
         length = self.lengths[:, None]
         recent = position >= length - self.window if self.window else torch.ones_like(length, dtype=torch.bool)
-        return (position < length) & (recent | (position < self.sinks))
+        seen = (position < length) & (recent | (position < self.sinks))
+        if self.roots is not None and self.trees is not None:
+            for row, root, nodes in zip(seen, self.roots.tolist(), self.trees.tolist(), strict=True):
+                row[root:] = False
+                row[[root + i for i in range(32) if nodes >> i & 1]] = True
+        return seen
 
     def gathered(self, cache: Tensor, scale: Tensor | None, recent: Tensor | None = None) -> Tensor:
         """`[B, H_kv, S, D]` in float64, position by position."""
@@ -85,7 +93,7 @@ class Case:
         v = self.gathered(self.v_cache, self.v_scale, self.recent_v)
         assert got.dtype == self.q.dtype
         assert got.is_contiguous()
-        assert_within(got, *exact_attention(self.q, k, v, self.seen(), self.scale, rounded_weights))
+        assert_within(got, *exact_attention(self.q, k, v, self.seen(), self.scale, rounded_weights, self.softcap))
 
 
 def case(
@@ -97,12 +105,17 @@ def case(
     table: int = 8,
     kind: str = "",
     dtype: torch.dtype = torch.float32,
+    softcap: float = 0.0,
     window: int = 0,
     sinks: int = 0,
     recent: tuple[int, ...] = (),
+    trees: tuple[tuple[int, int], ...] = (),
     device: str = "cpu",
 ) -> Case:
-    """Random operands: each sequence's blocks lie scattered in the cache. The `recent` last of each are in a ring."""
+    """Random operands: each sequence's blocks lie scattered in the cache. The `recent` last of each are in a ring.
+
+    `trees` has the root of each row, and the nodes that it sees, as bits.
+    """
     generator = torch.Generator().manual_seed(0)
     batch = len(lengths)
     blocks = batch * table + 1
@@ -120,8 +133,9 @@ def case(
         rings[:2] = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
         rings[2] = torch.randperm(batch + 1, generator=generator)[:batch].int()
         rings[3] = (filled - torch.tensor(recent)).int()
-    tensors = [None if t is None else t.to(device) for t in (q, *caches, *scales, order, filled, *rings)]
-    return Case(*tensors[:7], head**-0.5, window, sinks, *tensors[7:])  # type: ignore[arg-type]
+    tree = [torch.tensor(part, dtype=torch.int32) for part in zip(*trees, strict=True)] if trees else [None, None]
+    tensors = [None if t is None else t.to(device) for t in (q, *caches, *scales, order, filled, *rings, *tree)]
+    return Case(*tensors[:7], head**-0.5, softcap, window, sinks, *tensors[7:])  # type: ignore[arg-type]
 
 
 RING = 70
@@ -150,6 +164,39 @@ CASES: dict[str, dict[str, Any]] = {
     "recent, one block": {"kind": "int8", "table": 1, "block_size": 200, "lengths": (200, 3), "recent": (40, 3)},
     "recent within a window": {"kind": "int8", "recent": (20, 5, 33), "window": 40, "sinks": 4},
     "recent beyond a window": {"kind": "fp8", "recent": (60, 5, 33), "window": 16, "sinks": 5},
+    "capped": {"softcap": 0.7},
+    "capped, int8": {"kind": "int8", "softcap": 2.0, "window": 60, "dtype": torch.bfloat16},
+    "capped, recent": {"kind": "fp8", "softcap": 1.5, "recent": (60, 5, 0)},
+    # Rows stand at their length - 1 of a branch; other nodes lie between and behind what they see of it.
+    "tree": {"lengths": (152, 3, 40), "trees": ((148, 0b100011001), (0, 0b111), (25, 0))},
+    "tree, every bit": {"lengths": (120, 1, 129), "trees": ((96, -1), (0, 1), (128, -1 << 31))},
+    "tree, int8": {
+        "kind": "int8",
+        "lengths": (152, 1, 40),
+        "trees": ((148, 0b1001), (0, 1), (36, 0b10011)),
+        "dtype": torch.bfloat16,
+    },
+    "tree in a window": {
+        "window": 9,
+        "sinks": 3,
+        "lengths": (152, 12, 5),
+        "trees": ((148, 0b11001), (5, 0b1010000001), (2, 0b1001)),
+    },
+    "tree behind a window": {"window": 2, "lengths": (149, 30, 5), "trees": ((139, 0b1100000001), (20, 1), (4, 0b101))},
+    "tree in rings": {
+        "kind": "int8",
+        "lengths": (152, 12, 40),
+        "trees": ((148, 0b1001), (0, 0b110001), (36, 0b10011)),
+        "recent": (50, 12, 16),
+    },
+    "tree in rings and a window": {
+        "kind": "fp8",
+        "lengths": (152, 12, 40),
+        "window": 20,
+        "sinks": 5,
+        "trees": ((148, 0b1001), (3, 0b110001), (36, 0b10011)),
+        "recent": (50, 9, 16),
+    },
     "recent, many heads": {"kind": "int8", "recent": (64, 5, 0), "heads": (17, 1), "head": 16, "window": 65},
 }
 
@@ -458,13 +505,94 @@ def test_an_inner_dimension_that_is_not_contiguous(op: Any) -> None:
     assert torch.equal(op(*one.args), wanted)
 
 
+@NOT_FINITE
+@ALL
+def test_scores_of_any_size_are_capped(op: Any) -> None:
+    one = case(softcap=30.0)
+    one.q *= 1e4  # capped scores are 30 or -30, but for the few near 0
+    one.check(op(*one.args))
+    one.q.fill_(1.0)
+    one.k_cache[int(one.block_table[0, 0]), :, 7] = math.inf
+    one.k_cache[int(one.block_table[0, 0]), :, 8] = -math.inf
+    got = op(*one.args)
+    assert got.isfinite().all()
+    assert torch.allclose(got, paged_attention_ref(*one.args), rtol=1e-5, atol=1e-6)
+    one.k_cache[int(one.block_table[0, 0]), 0, 9] = math.nan
+    got = op(*one.args)
+    assert got[0, :3].isnan().all()
+    assert got[0, 3:].isfinite().all()
+
+
+@ALL
+def test_nodes_that_others_see_are_not_read(op: Any) -> None:
+    for name in ("tree", "tree in rings"):
+        one = case(**CASES[name])
+        assert one.roots is not None
+        wanted, hidden, roots = op(*one.args), ~one.seen(), one.roots.tolist()
+        place = torch.arange(hidden.shape[1])
+        for row, table, unseen in zip(range(3), one.block_table.long(), hidden, strict=True):
+            for p in place[unseen].tolist():
+                cache = one.v_cache if one.v_scale is None else one.v_scale
+                cache[table[p // 20], :, p % 20] = math.nan
+                if one.recent_v is not None and one.rings is not None and 0 <= p - roots[row] < 16:
+                    one.recent_v[one.rings[row].long(), :, p % RING] = math.nan
+        assert torch.equal(op(*one.args), wanted)
+
+
+@NOT_FINITE
+@ALL
+def test_a_node_outside_the_table_or_the_cache_makes_its_row_nan(op: Any) -> None:
+    one = case(**CASES["tree"])
+    wanted = op(*one.args)
+    assert one.trees is not None
+    one.trees[0] |= 1 << 12  # position 160 of 160
+    got = op(*one.args)
+    assert got[0].isnan().all()
+    assert torch.equal(got[1:], wanted[1:])
+    one = case(**CASES["tree, every bit"])
+    wanted = op(*one.args)
+    one.block_table[2, 7] = -1  # of its last node alone, at 159
+    got = op(*one.args)
+    assert got[2].isnan().all()
+    assert torch.equal(got[:2], wanted[:2])
+
+
+@ALL
+def test_a_chain_is_a_tree(op: Any) -> None:
+    """To the bit: a token's attention is the same, whichever way it is said what it sees."""
+    for name in ("small blocks", "recent, int8", "window"):
+        one = case(**CASES[name])
+        plain = op(*one.args)
+        one.roots, nodes = (one.lengths - torch.tensor([7, 0, 1])).int(), torch.tensor([0b1111111, 0, 1])
+        one.trees = nodes.int()
+        assert torch.equal(op(*one.args), plain)
+
+
+@ALL
+def test_wrong_caps_and_trees_raise(op: Any) -> None:
+    error, rows = RuntimeError if op is compiled else UsageError, torch.zeros(3, dtype=torch.int32)
+    for change, message in (
+        ({"softcap": -1.0}, "softcap must be"),
+        ({"softcap": math.nan}, "softcap must be"),
+        ({"roots": rows}, "roots and trees go together"),
+        ({"roots": rows.long(), "trees": rows}, "roots must be int32"),
+        ({"roots": rows, "trees": rows[:2]}, "trees must be int32"),
+    ):
+        one = case()
+        for name, value in change.items():
+            setattr(one, name, value)
+        with pytest.raises(error, match=message):
+            op(*one.args)
+
+
 @pytest.mark.parametrize("kind", ["", "int8", "fp8"])
 def test_opcheck(kind: str) -> None:
     cpu_kernels()  # whichever implementation there is
     # PyTorch's check of the schema compares operands before and after, which it cannot for float8 on a CPU.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(paged_attention, case(kind=kind).args, test_utils=checks[kind == "fp8" :])
-    torch.library.opcheck(paged_attention, case(kind=kind, recent=(9, 0, 3)).args, test_utils=checks[kind == "fp8" :])
+    rest: dict[str, Any] = {"recent": (9, 0, 3), "trees": ((144, 0b101001), (0, 0), (32, 1)), "softcap": 30.0}
+    torch.library.opcheck(paged_attention, case(kind=kind, **rest).args, test_utils=checks[kind == "fp8" :])
 
 
 def test_compiles_whole() -> None:
