@@ -229,7 +229,7 @@ class PackageRunner(BaseRunner):
         self.record, self.tokenizer = record, tokenizer
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
         self.device = torch.device(record.device)
-        self.vocab_size, self.max_context = record.vocabulary, record.context
+        self.vocab_size, self.max_context, self.max_batch = record.vocabulary, record.context, record.batch
         self.ledger = Ledger(notes={"package": f"compiled ahead of time, {', '.join(record.ops) or 'no ops of ours'}"})
         self._weight_bytes, self._context = record.weight_bytes, 0
         self._entries = load_pt2(str(folder / PACKAGE), load_weights_from_disk=True).aoti_runners

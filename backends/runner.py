@@ -48,6 +48,9 @@ def _recording_nothing() -> Iterator[None]:
 class BaseRunner(ABC):
     """Input checks, generation and text handling; subclasses say how a prompt and a step are run."""
 
+    max_batch: int | None = None
+    """Rows that it takes at once; None is any number."""
+
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, max_context: int | None = None) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer

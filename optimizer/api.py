@@ -25,7 +25,8 @@ from optimizer.checkpoint import load_checkpoint, save_checkpoint
 from optimizer.errors import ArtifactError, OptimizerError, RecipeError, UsageError
 from optimizer.evals.lm_eval_results import save_lm_eval_results, seeds
 from optimizer.export_command import is_export, load_export
-from optimizer.export_job import ExportedRunner
+from optimizer.export_forms import ExportedRunner
+from optimizer.export_job import save_forms
 from optimizer.inspection import inspect_checkpoint
 from optimizer.passes.base import Context, Pass
 from optimizer.passes.decode import Decode
@@ -82,10 +83,11 @@ class Result:
             )
         report = self.report if self.passed else self.report.model_copy(update={"verdict": "ungated"})
         outcome, recipe = self.outcome, self.outcome.recipe
+        source = SourceRecord(name=outcome.source.name, revision=outcome.source.revision, digest=outcome.source.digest)
 
         def build(folder: Path) -> None:
             if isinstance(self.model, ExportedRunner):
-                self.model.copy_to(folder)
+                save_forms(outcome.forms, self.model, folder, source)
             else:
                 save_checkpoint(self.model.model, self.model.tokenizer, folder, recipe.layout)
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -101,7 +103,6 @@ class Result:
             )
             (folder / "README.md").write_text(card, encoding="utf-8")
 
-        source = SourceRecord(name=outcome.source.name, revision=outcome.source.revision, digest=outcome.source.digest)
         seeds = {"recipe": recipe.seed, "evaluation": recipe.evaluation.seed}
         info = ManifestInfo(source=source, verdict=report.verdict, seeds=seeds)
         write_artifact(out, build=build, manifest=info, required_bytes=outcome.weight_bytes)

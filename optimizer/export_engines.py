@@ -20,7 +20,7 @@ from optimizer.backends.aot_package import PackageRecord, export_package, load_p
 from optimizer.backends.onnx_export import MODEL_FILE, float_copy
 from optimizer.backends.tensorrt.build import BuildOptions, build_engines, targets_of
 from optimizer.backends.tensorrt.engine import EngineSet, Profile
-from optimizer.backends.tensorrt.provider import find_provider
+from optimizer.backends.tensorrt.provider import Provider, find_provider
 from optimizer.errors import PassError, UsageError
 from optimizer.export_command import BOUND, ENGINES, PACKAGE, rehearse, write_configuration, write_onnx
 
@@ -79,6 +79,48 @@ def profiles(options: EngineOptions) -> tuple[Profile, Profile]:
     )
 
 
+def check_engines(config: Any, options: EngineOptions) -> tuple[Provider, BuildOptions]:
+    """What is known before minutes of tracing: the TensorRT that builds, and how, for a model of this `config`.
+
+    Raises:
+        DeviceError: no TensorRT is installed, or a GPU to build for is neither named nor here.
+        UsageError: a target or profile that cannot work.
+    """
+    provider = find_provider()
+    if not options.context >= 2 or not 1 <= options.prompt <= options.context or options.batch < 1:
+        raise UsageError(
+            f"batch {options.batch}, prompt {options.prompt}, context {options.context}: give at least 1, 1 and 2, and "
+            "no longer a prompt than the context."
+        )
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or options.context
+    if options.context > limit:
+        raise UsageError(
+            f"context {options.context}: the model was made for {limit} positions. Give --context {limit}."
+        )
+    building = BuildOptions(
+        profiles(options), options.targets, options.weight_streaming, options.version_compatible, limit
+    )
+    targets_of(building, provider)
+    return provider, building
+
+
+def write_engines(
+    model: Any, tokenizer: Any, folder: Path, dtype: str, options: EngineOptions
+) -> tuple[EngineSet, dict[str, str], float, float]:
+    """Build engines of `model` into the existing `folder`, with its configuration and tokenizer.
+
+    Returns their record, the operator of each linear layer, and how far the logits of the graph are from PyTorch's,
+    beside the bound. Raises what `export_engines` does.
+    """
+    provider, building = check_engines(model.config, options)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".graph.") as name:
+        graph = Path(name)
+        exported, difference, bound = write_onnx(model, tokenizer, graph, dtype=dtype, dialect="tensorrt")
+        record = build_engines(graph / MODEL_FILE, folder / ENGINES, building, provider)
+    write_configuration(model, tokenizer, folder)
+    return record, exported.kernels, difference, bound
+
+
 def export_engines(
     model: Any, tokenizer: Any, source: SourceRecord, out: Path, dtype: str, options: EngineOptions
 ) -> EngineExport:
@@ -90,34 +132,34 @@ def export_engines(
         ModelError: an operator without counterpart, named with its module and source line.
         PassError: the graph does not compute what the model does.
     """
-    provider = find_provider()
-    if not options.context >= 2 or not 1 <= options.prompt <= options.context or options.batch < 1:
-        raise UsageError(
-            f"batch {options.batch}, prompt {options.prompt}, context {options.context}: give at least 1, 1 and 2, and "
-            "no longer a prompt than the context."
-        )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.context
-    if options.context > limit:
-        raise UsageError(
-            f"context {options.context}: the model was made for {limit} positions. Give --context {limit}."
-        )
-    building = BuildOptions(
-        profiles(options), options.targets, options.weight_streaming, options.version_compatible, limit
-    )
-    targets_of(building, provider)  # before minutes of tracing
+    check_engines(model.config, options)
     made: list[Any] = []
-
-    def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".graph.") as name:
-            graph = Path(name)
-            exported, difference, bound = write_onnx(model, tokenizer, graph, dtype=dtype, dialect="tensorrt")
-            record = build_engines(graph / MODEL_FILE, folder / ENGINES, building, provider)
-        write_configuration(model, tokenizer, folder)
-        made.extend((record, exported.kernels, difference, bound))
-
-    size = _released(out, build, source, model)
+    size = _released(
+        out, lambda folder: made.extend(write_engines(model, tokenizer, folder, dtype, options)), source, model
+    )
     record, kernels, difference, bound = made
     return EngineExport(out, record, kernels, size, difference, bound)
+
+
+def write_package(
+    model: Any, tokenizer: Any, folder: Path, *, batch: int, context: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[PackageRecord, float, float]:  # fmt: skip
+    """Compile `model` ahead of time into the existing `folder`, with its configuration and tokenizer.
+
+    Returns the record, and how far its logits are from PyTorch's, beside the bound. Raises what `export_aot` does.
+    """
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    bound = {"float32": BOUND["float32"], "float16": BOUND["float16"]}.get(dtype, _BFLOAT16_BOUND)
+    record = export_package(model, folder / PACKAGE, batch=batch, context=context, progress=progress)
+    write_configuration(model, tokenizer, folder)
+    difference = rehearse(float_copy(model, torch.float32), load_package(folder / PACKAGE), min(batch, 2))
+    if not difference <= bound:
+        raise PassError(
+            f"the package does not compute what the model does: logits differ by {difference:.3g} of the largest, and "
+            f"{bound:.3g} is allowed. Nothing was written."
+        )
+    return record, difference, bound
 
 
 def export_aot(
@@ -128,17 +170,13 @@ def export_aot(
 
     Raises what `export_package` does, and `PassError` where the package does not compute what the model does.
     """
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    bound = {"float32": BOUND["float32"], "float16": BOUND["float16"]}.get(dtype, _BFLOAT16_BOUND)
     made: list[Any] = []
 
     def build(folder: Path) -> None:
-        record = export_package(model, folder / PACKAGE, batch=batch, context=context, progress=progress)
-        write_configuration(model, tokenizer, folder)
-        made.extend((record, _agreeing(model, load_package(folder / PACKAGE), bound, "the package", batch)))
+        made.extend(write_package(model, tokenizer, folder, batch=batch, context=context, progress=progress))
 
     size = _released(out, build, source, model)
-    return PackageExport(out, made[0], size, made[1], bound)
+    return PackageExport(out, made[0], size, made[1], made[2])
 
 
 _BFLOAT16_BOUND = 0.1
@@ -152,16 +190,6 @@ def _released(out: Path, build: Callable[[Path], None], source: SourceRecord, mo
         out, build=build, manifest=ManifestInfo(source=source, verdict="ungated"), required_bytes=needed
     )
     return sum(file.bytes for file in manifest.files.values())
-
-
-def _agreeing(model: Any, runner: Any, bound: float, name: str, batch: int = 2) -> float:
-    difference = rehearse(float_copy(model, torch.float32), runner, min(batch, 2))
-    if not difference <= bound:
-        raise PassError(
-            f"{name} does not compute what the model does: logits differ by {difference:.3g} of the largest, and "
-            f"{bound:.3g} is allowed. Nothing was written."
-        )
-    return difference
 
 
 def engine_data(result: EngineExport) -> dict[str, Any]:

@@ -9,7 +9,7 @@ process and interleaved.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ from optimizer.evals.timing import (
     time_interleaved,
 )
 from optimizer.evals.workloads import RequestSpec
-from optimizer.export_job import ExportedRunner, check_export, exported_runner
+from optimizer.export_forms import ExportedRunner, Form
+from optimizer.export_job import check_export, exported_forms, pytorch_form
 from optimizer.passes.base import Context, Pass, PassReport, transaction, view
 from optimizer.passes.blocks import in_float32
 from optimizer.passes.calibration import Calibration
@@ -94,6 +95,7 @@ class Speed:
     ttft: Ratio
     throughput: Ratio
     phases: dict[tuple[str, str], Phase]  # (phase, variant)
+    others: Mapping[str, GenerationTiming] = field(default_factory=dict)  # what else ran in the same rounds
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Outcome:
     served: tuple[ServingReport, RequestSpec] | None = None
     baseline: Baseline | None = None
     refusal: Refusal | None = None
+    forms: tuple[Form, ...] = ()  # the original, PyTorch's runner, and each export, where the recipe exports
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -175,7 +178,7 @@ def run(
         check_workload(f"workload cell {name}", longest, cell)
     if recipe.serving is not None and not any(isinstance(p, Decode) and p.cache == "paged" for p in passes):
         raise UsageError("serving: requests that come and go need the pass `decode` with `cache: paged`. Add it.")
-    check_export(recipe, passes)
+    check_export(recipe, passes, model)
     # A second pass of a kind may rest on what the first did, so it is checked when its turn comes.
     for step in {step.name: step for step in reversed(passes)}.values():
         step.check(model, context)
@@ -191,9 +194,12 @@ def run(
     optimized = view(model)
     reports = apply_passes(optimized, passes, context, progress)
     runner = context.make_runner(optimized, source.tokenizer)
+    forms: list[Form] = []
     if recipe.export is not None:
-        with progress.phase("export"):
-            runner = exported_runner(optimized, source.tokenizer, recipe)
+        forms = exported_forms(optimized, source.tokenizer, recipe, progress)
+        runner = forms[0].runner or runner
+        forms = [pytorch_form(optimized, source.tokenizer, recipe, progress), *forms]
+    others = {form.name: form.runner for form in forms if form.runner not in (None, runner)}
     with progress.phase("compile"):
         if hasattr(runner, "warm_up"):
             for shape in (workload, *cells.values()):
@@ -205,12 +211,15 @@ def run(
         after = _quality(runner, recipe, progress, before)
         paired = restrict(before, after)
         comparisons = compare(paired, after, confidence=spec.confidence, seed=recipe.seed, alpha=spec.alpha)
+    for name, other in others.items():
+        with progress.phase(f"quality of {name}"):
+            forms = [_scored(form, other, recipe, progress, before) if form.name == name else form for form in forms]
     divergence = None
     if spec.divergence is not None:
         with progress.phase("divergence"):
             divergence = _divergence(_reference(original), runner, recipe, progress)
     with progress.phase("speed"):
-        speed = measure_speed(original, runner, workload, ceilings, recipe, progress)
+        speed = measure_speed(original, runner, workload, ceilings, recipe, progress, others)
         at = {name: measure_speed(original, runner, cell, ceilings, recipe, progress) for name, cell in cells.items()}
     held = runner.weight_bytes if isinstance(runner, ExportedRunner) else weight_bytes(optimized)
     sizes = weight_bytes(model), held
@@ -228,7 +237,7 @@ def run(
     outcome = Outcome(
         recipe, source, runner, tuple(zip(passes, reports, strict=True)), tuple(comparisons), speed, ceilings, found,
         judge(floors_of(recipe), found), *sizes, after.non_finite, dict(progress.seconds), (before, after),
-        tuple(at.values()), divergence, served, baseline,
+        tuple(at.values()), divergence, served, baseline, forms=_timed(forms, runner, sizes[0], comparisons, speed),
     )  # fmt: skip
     if inplace:
         replace_model(model, optimized)
@@ -286,11 +295,12 @@ def measure_speed(
     ceilings: Ceilings,
     recipe: Recipe,
     progress: Progress,
+    others: Mapping[str, BaseRunner] | None = None,
 ) -> Speed:
-    """Time both runners interleaved, and place prefill and decode of each on the measured roofline."""
+    """Time both runners, and `others`, interleaved; place prefill and decode of both on the measured roofline."""
     runners = {"baseline": baseline, "optimized": optimized}
     timings = measure_generation(
-        runners,
+        runners | dict(others or {}),
         workload,
         repeats=recipe.workload.repeats,
         seed=recipe.seed,
@@ -312,7 +322,7 @@ def measure_speed(
     paired = partial(ratio, confidence=recipe.evaluation.confidence)
     return Speed(
         workload, a, b, paired(a.tpot_rounds, b.tpot_rounds), paired(a.ttft_rounds, b.ttft_rounds),
-        paired(a.e2e_rounds, b.e2e_rounds), phases,
+        paired(a.e2e_rounds, b.e2e_rounds), phases, {name: timings[name] for name in others or ()},
     )  # fmt: skip
 
 
@@ -353,13 +363,38 @@ def _quality(
     """
     spec = recipe.evaluation
     measure = partial(
-        evaluate, runner, runner.tokenizer, batch_size=spec.batch_size, generate_batch=recipe.workload.batch,
-        max_length=WINDOW, seed=spec.seed, progress=progress.update,
+        evaluate, runner, runner.tokenizer, batch_size=_rows(spec.batch_size, runner),
+        generate_batch=recipe.workload.batch, max_length=WINDOW, seed=spec.seed, progress=progress.update,
     )  # fmt: skip
     if spec.sequential:
         return evaluate_by_looks(measure, recipe, before)
     limits = {task: limit for task, limit in spec.tasks.items() if limit is not None}
     return measure(list(spec.tasks), limit=limits or None)
+
+
+def _scored(form: Form, runner: BaseRunner, recipe: Recipe, progress: Progress, before: QualityResult) -> Form:
+    """The form with its quality, paired with the original's."""
+    spec, after = recipe.evaluation, _quality(runner, recipe, progress, before)
+    found = compare(
+        restrict(before, after), after, confidence=spec.confidence, seed=recipe.seed, alpha=spec.alpha
+    )  # fmt: skip
+    broken = (f"{after.non_finite} log-likelihoods were NaN or infinite",) if after.non_finite else ()
+    return replace(form, comparisons=tuple(found), notes=form.notes + broken)
+
+
+def _timed(
+    forms: Sequence[Form], released: BaseRunner, original_bytes: int, comparisons: Sequence[MetricComparison],
+    speed: Speed,
+) -> tuple[Form, ...]:  # fmt: skip
+    """The forms with what was measured of them, the original first; nothing where the recipe does not export."""
+    if not forms:
+        return ()
+    found = [Form("original", "Hugging Face generate", original_bytes, timing=speed.baseline)]
+    for form in forms:
+        if form.runner is released:
+            form = replace(form, timing=speed.optimized, comparisons=tuple(comparisons))
+        found.append(replace(form, timing=speed.others.get(form.name, form.timing)))
+    return tuple(found)
 
 
 def _divergence(reference: BaseRunner, runner: BaseRunner, recipe: Recipe, progress: Progress) -> Divergence:
@@ -368,9 +403,14 @@ def _divergence(reference: BaseRunner, runner: BaseRunner, recipe: Recipe, progr
     length = min(text.length, reference.max_context, runner.max_context, WINDOW)
     rows = held_out_rows(runner.tokenizer, text.documents, length)
     return measure_divergence(
-        reference, runner, rows, batch_size=spec.batch_size, confidence=spec.confidence, seed=recipe.seed,
-        progress=progress.update,
+        reference, runner, rows, batch_size=_rows(spec.batch_size, runner), confidence=spec.confidence,
+        seed=recipe.seed, progress=progress.update,
     )  # fmt: skip
+
+
+def _rows(wanted: int, runner: BaseRunner) -> int:
+    """How many rows are evaluated at once: those that are wanted, or as many as the runner takes."""
+    return min(wanted, runner.max_batch or wanted)
 
 
 def _speed_evidence(speed: Speed) -> dict[str, Measurement]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from optimizer.errors import RecipeError
 
@@ -115,11 +115,33 @@ class EvaluationSpec(_Strict):
 
 
 class ExportSpec(_Strict):
-    """What the optimized model becomes before it is measured: `onnx` for ONNX Runtime; see `optimizer export`."""
+    """One thing that the optimized model becomes: `onnx` for ONNX Runtime, `tensorrt` engines, or an `aot` package.
 
-    to: Literal["onnx"] = "onnx"
-    dtype: Literal["float32", "float16"] = "float32"
-    int8_inputs: bool = False
+    Each takes options of its own, those of `optimizer export`: `dtype` and `int8_inputs` (onnx), `dtype`, `targets` and
+    `context` (tensorrt), `context` (aot). One that is not given has the default of that command.
+    """
+
+    to: Literal["onnx", "tensorrt", "aot"] = "onnx"
+    dtype: Literal["float32", "float16"] | None = None
+    int8_inputs: bool | None = None
+    targets: list[str] | None = Field(default=None, min_length=1)
+    context: int | None = Field(default=None, ge=2)
+
+    @model_validator(mode="after")
+    def _options_of_its_own(self) -> ExportSpec:
+        taken = {"onnx": ("dtype", "int8_inputs"), "tensorrt": ("dtype", "targets", "context"), "aot": ("context",)}
+        if wrong := [name for name in self.given if name not in ("to", *taken[self.to])]:
+            raise ValueError(f"{self.to} takes no {', '.join(wrong)}; it takes {', '.join(taken[self.to])}")
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What it says, without what it leaves to the default."""
+        return {name: value for name, value in self if value is not None}
+
+    @model_serializer(mode="plain")
+    def _given(self) -> dict[str, Any]:
+        return self.given
 
 
 class CalibrationSpec(_Strict):
@@ -148,7 +170,8 @@ class FloorSpec(_Strict):
 class Recipe(_Strict):
     """Passes in order, the workload, the evaluation, and the floors; see the module's example.
 
-    `layout` is the format of the checkpoint that is written; with `export` an export is written instead, and judged.
+    `layout` is the format of the checkpoint that is written; with `export` an export is written instead, and judged. Of
+    a list of exports the first is judged and released, and the others are measured where they can run here.
     `price_per_hour` of the device, in any currency, lets the report say what was paid and saved. When a floor is
     missed, up to `repair_minutes` are spent on finding out why and, with `repair`, on gating again without what carries
     the loss.
@@ -158,7 +181,7 @@ class Recipe(_Strict):
     description: str = ""
     workload: WorkloadSpec = WorkloadSpec()
     serving: ServingSpec | None = None
-    export: ExportSpec | None = None
+    export: list[ExportSpec] | None = Field(default=None, min_length=1)
     evaluation: EvaluationSpec
     calibration: CalibrationSpec = CalibrationSpec()
     layout: str = "compressed-tensors"
@@ -168,6 +191,19 @@ class Recipe(_Strict):
     repair: bool = True
     repair_minutes: float = Field(default=5.0, ge=0)
     price_per_hour: float | None = Field(default=None, gt=0)
+
+    @field_validator("export", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @field_validator("export")
+    @classmethod
+    def _each_once(cls, value: list[ExportSpec] | None) -> list[ExportSpec] | None:
+        names = [spec.to for spec in value or ()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} occurs twice")
+        return value
 
     @model_validator(mode="after")
     def _measured_floors(self) -> Recipe:

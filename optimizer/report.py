@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from optimizer.errors import ArtifactError, OutputError, UsageError
 from optimizer.plan_entry import PlanEntry
 from optimizer.report_attribution import Attribution
+from optimizer.report_forms import FormEntry
 from optimizer.report_units import (
     BYTES,
     COUNT,
@@ -390,6 +391,7 @@ class Report(_Entry):
     divergence: list[Divergence] = []
     speed: list[SpeedCell] = []
     memory: Memory
+    forms: list[FormEntry] = []
     roofline: list[RooflinePoint] = []
     serving: Serving | None = None
     plan: PlanEntry | None = None

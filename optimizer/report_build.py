@@ -54,6 +54,7 @@ from optimizer.report import (
     SpeedCell,
 )
 from optimizer.report_attribution import AttemptEntry, Attribution, FindingEntry, LossEntry, MissedFloor
+from optimizer.report_forms import FormEntry, FormScore
 from optimizer.serving import latencies, len_of
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def build_report(outcome: Outcome) -> Report:
         layers=_layers(outcome),
         quality=[_quality(item, planned) for item, planned in _planned(outcome)],
         divergence=_divergence(outcome),
+        forms=_forms(outcome),
         speed=[_cell(each) for each in (speed, *outcome.cells)],
         memory=Memory(
             weights_bytes_before=outcome.baseline_weight_bytes,
@@ -104,7 +106,9 @@ def build_report(outcome: Outcome) -> Report:
 
 def break_even(speed: Speed, costs: Mapping[str, float], price_per_hour: float | None) -> BreakEven:
     """When what the phases of the run cost is won back on the workload that was measured."""
-    spent = sum(seconds for name, seconds in costs.items() if name.startswith("pass ") or name in _OPTIMIZATION)
+    spent = sum(
+        seconds for name, seconds in costs.items() if name.startswith(("pass ", "export ")) or name in _OPTIMIZATION
+    )
     tokens = speed.workload.batch * speed.workload.output
     before, after = (timing.e2e.median / tokens for timing in (speed.baseline, speed.optimized))
     alone, run = (WonBack(seconds, before, after, speed.throughput.low) for seconds in (spent, sum(costs.values())))
@@ -257,6 +261,37 @@ def _quality(item: MetricComparison, planned: int) -> QualityEntry:
         loss_low=None if item.loss is None else item.loss.low,
         loss_high=None if item.loss is None else item.loss.high,
         loss_alpha=None if item.loss is None else item.loss.alpha,
+    )
+
+
+def _forms(outcome: Outcome) -> list[FormEntry]:
+    """Each form of the model with what was measured of it."""
+    own = [FormScore(label=_label(item), value=item.baseline) for item in outcome.comparisons]
+    return [
+        FormEntry(
+            name=form.name,
+            runtime=form.runtime,
+            released=form.runner is outcome.runner,
+            bytes=form.bytes,
+            build_seconds=form.build_seconds,
+            ttft_seconds=None if form.timing is None else form.timing.ttft.p50,
+            tpot_seconds=None if form.timing is None else form.timing.tpot.p50,
+            scores=[_score(item) for item in form.comparisons] if index else own,
+            reason=form.reason,
+            notes=list(form.notes),
+        )
+        for index, form in enumerate(outcome.forms)
+    ]
+
+
+def _label(item: MetricComparison) -> str:
+    return _quality(item, item.samples).label
+
+
+def _score(item: MetricComparison) -> FormScore:
+    ratio = item.ratio
+    return FormScore(
+        label=_label(item), value=item.optimized, ratio=ratio.value, ratio_low=ratio.low, ratio_high=ratio.high
     )
 
 

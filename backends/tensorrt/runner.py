@@ -54,9 +54,10 @@ class TensorRTRunner(BaseRunner):
         self.vocab_size, self._layers = int(text.vocab_size), int(text.num_hidden_layers)
         self._profiles = {profile.name: profile for profile in self.record.profiles}
         self.max_context = self._most("decode", "total_sequence_length")
+        self.max_batch = self._most("prefill", "batch_size")
         self.ledger = Ledger(kernels=dict(kernels or {}))
-        engine = next(each for each in self.record.engines if each.target == target)
-        self._weight_bytes = sum(engine.constant_bytes.values()) or engine.bytes
+        self.engine = next(each for each in self.record.engines if each.target == target)
+        self._weight_bytes = sum(self.engine.constant_bytes.values()) or self.engine.bytes
         self._context = 0
         self._contexts = {name: self._context_for(index) for index, name in enumerate(self._profiles)}
         self._empty = torch.zeros(16, dtype=torch.uint8, device=self.device)  # the address of a tensor without elements
