@@ -1,12 +1,14 @@
 """A causal language model as one ONNX graph for prompts and steps, with its key-value cache as explicit inputs.
 
     in     input_ids [B, S] int64, attention_mask [B, P + S] int64 (1 where a token is real), position_ids [B, S] int64,
-           past_key_values.i.key and .value [B, H_kv, P, d] of each layer i
-    out    logits [B, S, V], present.i.key and .value [B, H_kv, P + S, d]
+           past_key_values.i.key and .value [B, H_kv, C, d] of each layer i
+    out    logits [B, S, V], present.i.key and .value [B, H_kv, C, d]
 
-B, S and P are dynamic, and P may be 0: the same graph runs a prompt and every later step. The names are those that
-onnxruntime-genai expects. `torch.export` traces the model's own forward; attention is done without repeating the keys
-and values of grouped heads, in standard operators; quantized linears are those of `onnx_ops`.
+for S new tokens after P. With a shared buffer past and present are the same memory, with room for C >= P + S tokens, and
+rows are padded on the right; otherwise the past has P tokens, present P + S, and rows are padded on the left. B, S, P and
+C are dynamic, and P may be 0: the same graph runs a prompt and every later step. The names are those that
+onnxruntime-genai expects. `torch.export` traces the model's own forward; attention is that of `onnx_attention`, and
+quantized linears are those of `onnx_ops`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.backends.linear import weight_bytes
+from optimizer.backends.onnx_attention import Attention, Standard, Unfit, candidates
 from optimizer.backends.onnx_ops import kernels, pack_int4, translate
 from optimizer.errors import ModelError, UsageError
 
@@ -32,7 +35,6 @@ OPSET = 21
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-ATTENTION = "optimizer_onnx_attention"
 REMEDY = "install them with: pip install 'roofline-optimizer[onnx]'"
 
 
@@ -41,12 +43,17 @@ class Exported:
     """What was written: opset, the type of activations and cache, and the operator of each linear layer.
 
     `step_weight_bytes` are those that one decode step reads: all but an embedding that is not the head as well.
+    `attention` names its operator, `attention_note` says why it is no better one, and with `shared_buffer` past and
+    present are the same memory.
     """
 
     opset: int
     dtype: str
     kernels: dict[str, str]
     step_weight_bytes: int
+    attention: str = Standard.operator
+    attention_note: str = ""
+    shared_buffer: bool = False
 
 
 def past_names(layers: int, side: str = "past_key_values") -> list[str]:
@@ -71,17 +78,17 @@ def export(
     own = float_copy(model, dtype)
     _check(own)
     translate(own, dtype, dialect=dialect, int8_inputs=int8_inputs)
-    own.config._attn_implementation = _register()
-    step = _Step(own)
-    names = past_names(step.layers)
-    program = _traced(step, dtype)
+    step, program, reason = _step_of(own, dtype, dialect)
     with _quiet():
-        onnx_program = _converted(program, ["input_ids", "attention_mask", "position_ids", *names], step.layers)
+        onnx_program = _converted(program, step.attention)
         if dialect == "tensorrt":
             pack_int4(onnx_program.model.graph)
         onnx_program.save(folder / MODEL_FILE, external_data=True)
     _checked(folder / MODEL_FILE)
-    return Exported(OPSET, str(dtype).removeprefix("torch."), kernels(own), weight_bytes(own) - _looked_up_bytes(own))
+    return Exported(
+        OPSET, str(dtype).removeprefix("torch."), kernels(own), weight_bytes(own) - _looked_up_bytes(own),
+        step.attention.operator, reason, step.attention.shared_buffer,
+    )  # fmt: skip
 
 
 def _looked_up_bytes(model: Any) -> int:
@@ -137,101 +144,49 @@ def _check(model: Any) -> None:
 class _Step(nn.Module):
     """The graph's interface around the model's own forward."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, attention: Attention) -> None:
         super().__init__()
-        self.model = model
-        config = model.config.get_text_config()
-        self.layers = int(config.num_hidden_layers)
-        self.kinds = list(getattr(config, "layer_types", None) or [])
-        self.window = getattr(config, "sliding_window", None)
-        if not self.kinds and self.window:
-            self.kinds = ["sliding_attention"] * self.layers
-        self.kv_heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        self.model, self.attention = model, attention
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Logits and the grown cache."""
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
-
-        cache = DynamicCache()
-        for index in range(self.layers):
-            layer = DynamicLayer()
-            layer.keys, layer.values = past[2 * index], past[2 * index + 1]
-            layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-            cache.layers.append(layer)
-        masks = self._masks(attention_mask, past[0].shape[2], input_ids.shape[1], past[0].dtype)
+        """Logits and the cache with the new tokens in it."""
+        cache, mask = self.attention.begin(attention_mask, past, input_ids.shape[1])
         out = self.model(
-            input_ids=input_ids, attention_mask=masks, position_ids=position_ids, past_key_values=cache, use_cache=True
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
         )
-        present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        return (out.logits, *present)
-
-    def _masks(self, mask: Tensor, past: int, new: int, dtype: torch.dtype) -> Any:
-        """What is added to the scores, `[B, 1, S, P + S]`: 0 where a token is seen, the least number elsewhere."""
-        query = torch.arange(past, past + new)[:, None]
-        key = torch.arange(past + new)[None, :]
-        real = mask[:, None, None, :] > 0
-        full = (key <= query)[None, None] & real
-        kinds: dict[str, Tensor] = {"full_attention": full}
-        if self.window and "sliding_attention" in self.kinds:
-            kinds["sliding_attention"] = full & (key > query - self.window)[None, None]
-        least = torch.finfo(dtype).min
-        added = {kind: torch.where(seen, 0.0, least).to(dtype) for kind, seen in kinds.items()}
-        used = set(self.kinds) or {"full_attention"}
-        if len(used) == 1:
-            return added[used.pop()]
-        return added
+        return (out.logits, *self.attention.present(cache))
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention of `query [B, H, S, d]` over `key`, `value [B, H_kv, T, d]`: a group's heads share a product."""
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise ModelError(f"{type(module).__name__} wants {name} in its attention, which is not exported yet.")
-    assert attention_mask is not None
-    batch, heads, new, width = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    scale = width**-0.5 if scaling is None else scaling
-    rows = (query * scale).reshape(batch, kv_heads, group * new, width)
-    scores = rows @ key.transpose(2, 3)  # [B, H_kv, group · S, T]
-    scores = scores.reshape(batch, kv_heads, group, new, -1) + attention_mask[:, :, None]
-    weights = torch.softmax(scores, -1).reshape(batch, kv_heads, group * new, -1)
-    out = (weights @ value).reshape(batch, heads, new, width)
-    return out.transpose(1, 2), None
-
-
-def _register() -> str:
-    """Make the attention above known to transformers, and return its name."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
-    return ATTENTION
+def _step_of(model: Any, dtype: torch.dtype, dialect: str) -> tuple[_Step, Any, str]:
+    """The traced graph with the first kind of attention that can say what the model does, and why others could not."""
+    reasons = []
+    for make in candidates(model, dtype, dialect):
+        try:
+            attention = make()
+            with attention.installed(model):
+                step = _Step(model, attention)
+                return step, _traced(step, dtype), "; ".join(reasons)
+        except Unfit as reason:
+            reasons.append(str(reason))
+    raise AssertionError("standard operators fit every model")
 
 
 def _traced(step: _Step, dtype: torch.dtype) -> Any:
     """The graph of the model as `torch.export` sees it, at 2 rows of 3 new tokens after 4 (none of which is kept)."""
     batch, new, past = 2, 3, 4
+    layers = step.attention.layers
     tokens, positions = (torch.zeros(batch, new, dtype=torch.long) for _ in range(2))  # one would become one input
-    cache = [torch.zeros(batch, step.kv_heads, past, step.head_dim, dtype=dtype) for _ in range(2 * step.layers)]
+    room = past + (5 if step.attention.shared_buffer else 0)
+    cache = [torch.zeros(batch, layers.kv_heads, room, layers.head_dim, dtype=dtype) for _ in range(2 * layers.count)]
     auto = torch.export.Dim.AUTO
     shapes = ({0: auto, 1: auto}, {0: auto, 1: auto}, {0: auto, 1: auto}, [{0: auto, 2: auto} for _ in cache])
     mask = torch.ones(batch, past + new, dtype=torch.long)
     try:
         with _quiet(), torch.no_grad():
             return torch.export.export(step, (tokens, mask, positions, cache), dynamic_shapes=shapes, strict=False)
-    except (ModelError, UsageError):
+    except (ModelError, UsageError, Unfit):
         raise
     except Exception as error:
         raise ModelError(
@@ -239,10 +194,13 @@ def _traced(step: _Step, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _converted(program: Any, inputs: list[str], layers: int) -> Any:
+def _converted(program: Any, attention: Attention) -> Any:
     """The ONNX graph of a traced model."""
+    layers = attention.layers.count
+    inputs = ["input_ids", "attention_mask", "position_ids", *past_names(layers)]
     names = {0: "batch_size", 1: "sequence_length"}
-    cache = [{0: "batch_size", 2: "past_sequence_length"} for _ in range(2 * layers)]
+    length = "cache_length" if attention.shared_buffer else "past_sequence_length"
+    cache = [{0: "batch_size", 2: length} for _ in range(2 * layers)]
     shapes = (names, {0: "batch_size", 1: "total_sequence_length"}, names, cache)
     try:
         return torch.onnx.export(

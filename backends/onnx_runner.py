@@ -1,7 +1,8 @@
 """A graph of `onnx_export` run by ONNX Runtime, as one of our runners: same inputs, same logits, same `generate`.
 
-The cache stays where the runtime made it: what a step returns as present is bound as the past of the next (IO binding),
-so nothing of it passes through Python. Inside the graph a step appends by Concat, which makes a longer tensor.
+The cache stays where it is (IO binding), so nothing of it passes through Python. A graph with a shared buffer gets the
+same memory as past and present, and writes a step's keys and values into it; a longer text than it has room for takes one
+of twice the size. A graph of standard operators returns a longer tensor, which is the past of the next step.
 
 A folder is hostile until checked: every file against the manifest's sha256, then every path of external data, which
 must be a plain name of a file that the manifest lists. Only then does the runtime open it.
@@ -11,13 +12,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizer.backends.onnx_export import MODEL_FILE, past_names
+from optimizer.backends.onnx_cache import FIRST_ROOM, GrowingCache, SharedBuffer
+from optimizer.backends.onnx_export import MODEL_FILE
 from optimizer.backends.runner import BaseRunner, Ledger
 from optimizer.errors import ArtifactError, DeviceError, UsageError
 
@@ -58,12 +61,13 @@ class OnnxRunner(BaseRunner):
         self._weight_bytes = int(settings["step_weight_bytes"])
         self.ledger = Ledger(kernels=dict(settings["kernels"]))
         self._context = 0
-        self._layers = int(text.num_hidden_layers)
         self._place = "cpu" if device == "cpu" else "cuda"
         self._session = open_session(
             folder / MODEL_FILE, device=device, threads=threads, int8_inputs=bool(settings.get("int8_inputs"))
         )
-        self._shape = [int(n) if isinstance(n, int) else 0 for n in self._session.get_inputs()[3].shape]
+        _, heads, _, width = self._session.get_inputs()[3].shape
+        make = SharedBuffer if settings.get("shared_buffer") else GrowingCache
+        self._make_cache = partial(make, self._runtime, self._place, int(text.num_hidden_layers), heads, width)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,12 +75,19 @@ class OnnxRunner(BaseRunner):
         return self._dtype  # type: ignore[no-any-return]
 
     def _prefill(self, tokens: Tensor, mask: Tensor, all_logits: bool) -> Tensor:
-        _, heads, _, width = self._shape
-        empty = torch.zeros(len(tokens), heads, 0, width, dtype=self.dtype)
-        self._past = [self._runtime.OrtValue.ortvalue_from_numpy(empty.numpy(), self._place, 0)] * (2 * self._layers)
+        batch, length = tokens.shape
+        self._cache = self._make_cache(batch, self.dtype, min(self.max_context, max(2 * length, FIRST_ROOM)))
+        self._binding = self._session.io_binding()
+        rows = torch.arange(length).expand(batch, -1)
+        if self._cache.right_padded:
+            rows = (rows + length - mask.sum(-1, keepdim=True)) % length  # where each row's tokens stand
+            tokens, mask = tokens.gather(1, rows), mask.gather(1, rows)
         self._mask, self._position = mask, mask.sum(-1, keepdim=True)
         logits = self._step(tokens, (mask.cumsum(-1) - 1).clamp(min=0))
-        return logits if all_logits else logits[:, -1]
+        back = torch.empty_like(rows).scatter_(1, rows, torch.arange(length).expand(batch, -1))
+        if not all_logits:
+            return logits[torch.arange(batch), back[:, -1]]
+        return logits.gather(1, back[..., None].expand(logits.shape))
 
     def _decode(self, tokens: Tensor) -> Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
@@ -86,20 +97,17 @@ class OnnxRunner(BaseRunner):
         return logits[:, -1]
 
     def _step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Run `tokens [B, S]` after the cache, which grows by them; float32 logits `[B, S, V]`."""
-        binding = self._session.io_binding()
+        """Run `tokens [B, S]` after the cache, which takes them in; float32 logits `[B, S, V]`."""
+        binding = self._binding
         given = {"input_ids": tokens, "attention_mask": self._mask, "position_ids": positions}
         arrays = {name: tensor.contiguous().numpy() for name, tensor in given.items()}  # the binding keeps none alive
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
-        for name, value in zip(past_names(self._layers), self._past, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        for name in past_names(self._layers, "present"):
-            binding.bind_output(name, self._place)
+        binding.bind_output("logits", "cpu")  # first of the outputs, whatever was bound before
+        self._cache.bind(binding, self._mask.shape[1])
         self._session.run_with_iobinding(binding)
-        logits, *self._past = binding.get_outputs()
-        return torch.from_numpy(logits.numpy()).float()
+        self._cache.after(binding)
+        return torch.from_numpy(binding.get_outputs()[0].numpy()).float()
 
 
 def _runtime(device: str) -> tuple[Any, str]:

@@ -101,10 +101,14 @@ def write_onnx(
     write_document(folder / SETTINGS_FILE, {
         "opset": exported.opset, "dtype": exported.dtype, "dialect": dialect, "int8_inputs": int8_inputs,
         "kernels": exported.kernels, "step_weight_bytes": exported.step_weight_bytes,
+        "attention": exported.attention, "attention_note": exported.attention_note,
+        "shared_buffer": exported.shared_buffer,
     })  # fmt: skip
     write_configuration(model, tokenizer, folder)
     generation = getattr(model, "generation_config", None)
-    write_document(folder / "genai_config.json", genai_config(model.config, generation, int8_inputs))
+    write_document(folder / "genai_config.json", genai_config(
+        model.config, generation, int8_inputs=int8_inputs, shared_buffer=exported.shared_buffer
+    ))  # fmt: skip
     rounded = any(" × " in kernel for kernel in exported.kernels.values())
     bound = INT8_BOUND if int8_inputs else max(BOUND[dtype], ROUNDED_BOUND if rounded else 0.0)
     difference = rehearse(float_copy(model, torch.float32), OnnxRunner(folder))
@@ -198,7 +202,9 @@ def write_configuration(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def genai_config(config: Any, generation: Any = None, int8_inputs: bool = False) -> dict[str, Any]:
+def genai_config(
+    config: Any, generation: Any = None, *, int8_inputs: bool = False, shared_buffer: bool = True
+) -> dict[str, Any]:
     """What onnxruntime-genai needs to know of the graph: names, sizes, and where a text ends."""
     text = config.get_text_config()
 
@@ -245,8 +251,7 @@ def genai_config(config: Any, generation: Any = None, int8_inputs: bool = False)
                 },
             },
         },
-        # The graph appends to its cache by making a longer one, so past and present share no memory.
-        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": shared_buffer},
     }
 
 
@@ -259,7 +264,7 @@ def data(result: ExportResult) -> dict[str, Any]:
     """The result as plain data."""
     return {
         "folder": str(result.folder), "opset": result.exported.opset, "dtype": result.exported.dtype,
-        "bytes": result.bytes, "kernels": result.exported.kernels,
+        "bytes": result.bytes, "kernels": result.exported.kernels, "attention": result.exported.attention,
         "logit_difference": result.difference, "logit_bound": result.bound,
     }  # fmt: skip
 
@@ -270,9 +275,11 @@ def describe(result: ExportResult) -> str:
 
     counts = Counter(result.exported.kernels.values())
     layers = ", ".join(f"{count} × {kernel}" for kernel, count in counts.most_common())
+    note = f" ({result.exported.attention_note})" if result.exported.attention_note else ""
     return (
         f"{result.folder}: ONNX opset {result.exported.opset}, {result.exported.dtype}, {result.bytes / 1e6:.1f} MB\n"
         f"linear layers: {layers}\n"
+        f"attention: {result.exported.attention}{note}\n"
         f"logits differ from PyTorch's by at most {result.difference:.2g} of the largest ({result.bound:.2g} allowed)\n"
         "UNGATED: measure it with `optimizer eval` and `optimizer bench`"
     )
