@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import config, list_mode_options
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes.post_grad import reorder_for_locality, view_to_reshape
 from torch._inductor.pattern_matcher import (
     FailedMatch,
@@ -47,6 +47,14 @@ from optimizer.backends import kernels
 from optimizer.backends.fusion import LEFT, Fusion, FusionLedger, GraphRecord, Miss, Site, value, where
 from optimizer.backends.kernels.gpu import triton
 from optimizer.errors import PassError, UsageError
+
+try:
+    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+except ImportError:  # PyTorch 2.11 does not say what a graph is for: `FusedCompiler` notes it
+
+    class CustomInferenceAwareGraphPass(CustomGraphPass):  # type: ignore[no-redef, misc, unused-ignore]
+        """A pass that may be told what a graph is for."""
+
 
 HOOK = "post_grad_custom_pre_pass"
 """The option of Inductor that holds the pass."""
@@ -68,10 +76,12 @@ class FusionPass(CustomInferenceAwareGraphPass):  # type: ignore[misc, unused-ig
     ) -> None:
         self.fusions, self.devices = tuple(fusions), tuple(devices)
         self.ledger = FusionLedger() if ledger is None else ledger
+        self.is_inference = True
+        """What the graphs are for where Inductor does not say."""
 
-    def __call__(self, graph: Graph, is_inference: bool = True) -> None:
+    def __call__(self, graph: Graph, is_inference: bool | None = None) -> None:
         """Rewrite `graph` in place."""
-        if not is_inference:
+        if not (self.is_inference if is_inference is None else is_inference):
             self.ledger.graphs.append(GraphRecord(note="left alone: it trains, and the fused ops have no backward"))
             return
         run = _Run(self.devices)
@@ -95,11 +105,11 @@ class Chain(CustomInferenceAwareGraphPass):  # type: ignore[misc, unused-ignore]
     def __init__(self, passes: Sequence[Any]) -> None:
         self.passes = tuple(passes)
 
-    def __call__(self, graph: Graph, is_inference: bool = True) -> None:
+    def __call__(self, graph: Graph, is_inference: bool | None = None) -> None:
         """Run each over `graph`."""
         for step in self.passes:
             if isinstance(step, CustomInferenceAwareGraphPass):
-                step(graph, is_inference)
+                step(graph, is_inference)  # type: ignore[arg-type, call-arg, unused-ignore]
             else:
                 step(graph)
 
@@ -131,8 +141,8 @@ class FusedCompiler:
         # A cached graph would be served without running the pass, and there would be nothing to judge.
         uncached = torch._functorch.config.patch(enable_autograd_cache=False)
         with uncached if self.trace_only or self.strict else nullcontext():
-            inner: dict[str, Any] = {"inner_compile": self._interpreted} if self.trace_only else {}
-            compiled: Any = compile_fx(module, inputs, config_patches=patches, **inner)
+            inner = self._interpreted if self.trace_only else self._generated
+            compiled: Any = compile_fx(module, inputs, config_patches=patches, inner_compile=inner)
         if self.strict:
             raise_on_miss(self.fusion.ledger.graphs[before:])
         return compiled
@@ -152,6 +162,11 @@ class FusedCompiler:
         passes = [*present] if isinstance(present, list | tuple) else [present]
         ours: dict[str, Any] = {HOOK: Chain([*passes, self.fusion]) if passes else self.fusion}
         return wanted | ours | ({"fx_graph_cache": False} if self.strict else {})
+
+    def _generated(self, module: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        """Inductor's own code."""
+        self.fusion.is_inference = options.get("is_inference", False)
+        return compile_fx_inner(module, inputs, **options)
 
     @staticmethod
     def _interpreted(module: GraphModule, _inputs: Sequence[Any], *, is_inference: bool = False, **_: Any) -> Any:

@@ -182,6 +182,8 @@ def probe(model: Any, *, kind: KvKind | None = None, block_size: int = 32, recen
 
     name = type(model).__name__
     kinds, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    if isinstance(options, dict):  # transformers 5.17 gives one for all layers with a window
+        options = [options if kind == "sliding_attention" else {} for kind in kinds]
     if other := sorted(set(kinds) - set(ATTENTION_TYPES)):
         raise ModelError(f"{name} has layers of type {', '.join(other)}, which keep no paged keys and values")
     cache = ProbeCache()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch.fx import Graph, GraphModule
 
 from optimizer.backends.fusion import Anchor, Fusion, GraphRecord, Miss, Site, not_a_row, value
 from optimizer.errors import PassError, UsageError
@@ -20,6 +21,7 @@ with warnings.catch_warnings():
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
+    from optimizer.backends import inductor
     from optimizer.backends.inductor import HOOK, Chain, FusedCompiler, FusionPass, merge_duplicates, raise_on_miss
 
 LIBRARY = torch.library.Library("optimizer", "FRAGMENT")
@@ -176,6 +178,22 @@ def test_a_graph_that_trains_is_left_alone() -> None:
     assert backend.fusion.ledger.graphs
     assert not backend.fusion.ledger.matched()
     assert all("no backward" in record.note for record in backend.fusion.ledger.graphs)
+
+
+def test_a_graph_that_trains_is_left_alone_where_inductor_does_not_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch 2.11 calls the pass with the graph alone.
+    def compile_inner(module: GraphModule, _inputs: Any, **_: Any) -> Any:
+        getattr(config, HOOK)(module.graph)
+        return make_boxed_func(module.forward)
+
+    monkeypatch.setattr(inductor, "compile_fx_inner", compile_inner)
+    block, x = Block(), torch.randn(2, 3, 8)
+    for trains in (True, False, True):
+        backend = FusedCompiler(FusionPass([NORM]))
+        torch._dynamo.reset()
+        found = torch.compile(block, backend=backend)(x) if trains else run(block, backend, x)
+        assert torch.allclose(found, block(x), atol=1e-6)
+        assert ["no backward" in record.note for record in backend.fusion.ledger.graphs] == [trains]
 
 
 def test_dynamic_shapes_serve_every_shape_with_one_graph() -> None:
