@@ -2,7 +2,7 @@
 
 The draft decodes greedily, so its guesses are certain, as `speculation` takes them, and the target's tokens are exact
 whatever the draft is. It keeps a paged cache of its own, in which the tokens that it shares with the history stay and
-the others are forgotten.
+the others are forgotten. All rows of a batch guess in the same steps, compiled as those of the target are.
 
 Early exit (Draft & Verify, Zhang et al., arXiv:2309.08168; LayerSkip, Elhoushi et al., arXiv:2404.16710) needs no
 second model: the first layers, then the target's own last norm and head. It shares every weight with the target.
@@ -16,11 +16,14 @@ from typing import Any
 from torch import nn
 
 from optimizer.backends.block_pool import OutOfBlocks
-from optimizer.backends.drafting import Draft
-from optimizer.backends.kv_layout import FEW_TOKENS
+from optimizer.backends.drafting import Draft, Proposer
 from optimizer.backends.paged_runner import PagedRunner
 from optimizer.backends.sequences import Sequence
 from optimizer.errors import ModelError, UsageError
+
+CATCH_UP = 2
+"""Tokens that a step writes of a text that the draft is behind: its last guess, where all stood, and what came after.
+One that is further behind, at the start or after a pause, runs them as a prompt."""
 
 
 class DraftModel:
@@ -32,14 +35,7 @@ class DraftModel:
 
     def propose(self, history: Tokens[int], limit: int) -> Draft:
         """The `limit` most likely next tokens, one after the other; none where the draft's cache has no room."""
-        limit = min(limit, self.runner.max_context - len(history))
-        if limit < 1:
-            return Draft()
-        try:
-            return Draft.chain(self._chain(list(history), limit))
-        except OutOfBlocks:
-            self.close()
-            return Draft()
+        return propose_together([self], [history], [limit])[0]
 
     def close(self) -> None:
         """Forget the history."""
@@ -47,42 +43,86 @@ class DraftModel:
             self.runner.cache.close(self._row)
             self._row = None
 
-    def _chain(self, history: list[int], limit: int) -> list[int]:
-        row = self._at(history)
-        new = history[row.length :]
-        if len(new) > FEW_TOKENS:
-            logits = self.runner.extend([row], [history])
-            found = [int(logits.argmax(-1))]
-        else:
-            found = [self._step(row, new)]
-        while len(found) < limit:
-            found.append(self._step(row, [found[-1]]))
-        return found
+    def row(self, history: Tokens[int], limit: int) -> Sequence | None:
+        """The draft's sequence, with no more in it than `history` begins with, but for its last token.
 
-    def _at(self, history: list[int]) -> Sequence:
-        """The draft's sequence, with no more in it than `history` begins with, but for its last token."""
+        It has room for all of it and `limit` guesses; None where there is not so much.
+        """
         if self._row is None:
             self._row = self.runner.cache.open(history)
-            return self._row
         known, most = self._row.handles[0].tokens, len(history) - 1
         shared = next((i for i, (a, b) in enumerate(zip(known, history, strict=False)) if a != b), len(known))
-        if min(shared, most) < len(known):
-            try:
+        try:
+            if min(shared, most) < len(known):
                 self.runner.cache.truncate(self._row, min(shared, most))
-            except UsageError:  # into what has left a window
-                self.close()
-                return self._at(history)
+            self.runner.cache.reserve(self._row, len(history) + limit - 1)
+        except UsageError:  # into what has left a window
+            self.close()
+            return self.row(history, limit)
+        except OutOfBlocks:
+            self.close()
         return self._row
 
-    def _step(self, row: Sequence, new: list[int]) -> int:
-        """Write `new` tokens; the most likely one after the last."""
-        width = len(new) if len(new) == 1 else 1 << (len(new) - 1).bit_length()
-        step = self.runner.step(1, width, context=row.length + width)
-        step.bind([row], [new])
-        step.reserve([len(new)])
-        _, chosen = step()
-        self.runner.cache.commit(row, new)
-        return int(chosen[0, len(new) - 1])
+
+def guesses(proposers: Tokens[Proposer | None], histories: Tokens[Tokens[int]], limits: Tokens[int]) -> list[Draft]:
+    """What each proposes, at most its limit; draft models all at once."""
+    drafts = [Draft()] * len(proposers)
+    together = [i for i, proposer in enumerate(proposers) if isinstance(proposer, DraftModel)]
+    if together:
+        models: list[Any] = [proposers[i] for i in together]
+        found = propose_together(models, [histories[i] for i in together], [limits[i] for i in together])
+        for i, draft in zip(together, found, strict=True):
+            drafts[i] = draft
+    for i, proposer in enumerate(proposers):
+        if proposer is not None and limits[i] > 0 and i not in together:
+            drafts[i] = proposer.propose(histories[i], limits[i])
+    return drafts
+
+
+def propose_together(models: Tokens[DraftModel], histories: Tokens[Tokens[int]], limits: Tokens[int]) -> list[Draft]:
+    """The `limits` most likely next tokens after each history, in as many steps as the largest limit.
+
+    All models are over one runner. None for a row that the draft's cache has no room for.
+    """
+    runner = models[0].runner
+    wanted = [min(limit, runner.max_context - len(text)) for limit, text in zip(limits, histories, strict=True)]
+    rows: dict[int, Sequence] = {}
+    for i, (model, text) in enumerate(zip(models, histories, strict=True)):
+        if wanted[i] > 0 and (row := model.row(text, wanted[i])) is not None:
+            rows[i] = row
+    found: dict[int, list[int]] = {}
+    behind = [i for i in rows if len(histories[i]) - rows[i].length > CATCH_UP]
+    near = [i for i in rows if i not in behind]
+    if behind:
+        logits = runner.extend([rows[i] for i in behind], [histories[i] for i in behind])
+        found = {i: [token] for i, token in zip(behind, logits.argmax(-1).tolist(), strict=True)}
+    context = max((len(histories[i]) + wanted[i] for i in rows), default=0)
+    if near:
+        new = [list(histories[i][rows[i].length :]) for i in near]
+        found |= {i: [t] for i, t in zip(near, _first(runner, [rows[i] for i in near], new, context), strict=True)}
+    going: list[int] = []
+    for guessed in range(1, max((wanted[i] for i in rows), default=0)):
+        left = [i for i in rows if wanted[i] > guessed]
+        if left != going:
+            going, step = left, runner.step(len(left), context=context)
+            step.bind([rows[i] for i in going], [[found[i][-1]] for i in going])
+        step.reserve([1] * len(going))
+        _, chosen = step()  # which is also what the next step begins with
+        for i, token in zip(going, chosen[:, 0].tolist(), strict=False):
+            runner.cache.commit(rows[i], [found[i][-1]])
+            found[i].append(token)
+    return [Draft.chain(found.get(i, ())) for i in range(len(models))]
+
+
+def _first(runner: PagedRunner, rows: list[Sequence], new: list[list[int]], context: int) -> list[int]:
+    """Write one or two `new` tokens of each row; the most likely token after the last of each."""
+    step = runner.step(len(rows), max(map(len, new)), context=context)
+    step.bind(rows, new)
+    step.reserve([len(tokens) for tokens in new])
+    chosen = step()[1].tolist()
+    for row, tokens in zip(rows, new, strict=True):
+        runner.cache.commit(row, tokens)
+    return [after[len(tokens) - 1] for after, tokens in zip(chosen, new, strict=False)]
 
 
 def early_exit(model: Any, layers: int) -> Any:

@@ -17,9 +17,6 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from optimizer.errors import UsageError
 
 ROOT = -1
@@ -104,12 +101,13 @@ class Draft:
             found.append(found[parent + 1] + 1)
         return tuple(found)
 
-    def mask(self) -> Tensor:
-        """Which new token (column) each new token (row) sees, the root first: `[n + 1, n + 1]` bool."""
-        sees = torch.eye(len(self) + 1, dtype=torch.bool)
+    @cached_property
+    def sees(self) -> tuple[int, ...]:
+        """The new tokens that each sees, the root (bit 0) first: itself and those it comes after; n + 1 entries."""
+        found = [1]
         for node, parent in enumerate(self.parents):
-            sees[node + 1] |= sees[parent + 1]
-        return sees
+            found.append(found[parent + 1] | 2 << node)
+        return tuple(found)
 
 
 class Proposer(Protocol):

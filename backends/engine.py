@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from optimizer.backends.block_pool import OutOfBlocks
-from optimizer.backends.draft_model import DraftModel
+from optimizer.backends.draft_model import DraftModel, guesses
 from optimizer.backends.drafting import Draft, Proposer
 from optimizer.backends.paged_runner import PagedRunner
 from optimizer.backends.paged_step import Step
@@ -32,7 +32,6 @@ from optimizer.backends.sampling import Sampling
 from optimizer.backends.schedule import Limits, Running, Waiting, plan
 from optimizer.backends.sequences import Sequence
 from optimizer.backends.speculation import Accepted, Speculation, accept_greedy
-from optimizer.backends.trees import verify_trees
 from optimizer.errors import UsageError
 
 
@@ -224,17 +223,14 @@ class Engine:
 
     def _decode(self, rows: list[Request]) -> None:
         drafts = self._propose(rows)
-        if all(draft.is_chain for draft in drafts):
-            tokens = self._step_chains(rows, drafts)
-        else:
-            tokens = self._step_trees(rows, drafts)
+        tokens = self._verify(rows, drafts)
         for request, draft, found in zip(rows, drafts, tokens, strict=False):
             accepted = accept_greedy(draft, torch.tensor(found[: len(draft) + 1]))
             if self.speculation is not None and self.speculation.policy is not None:
                 self.speculation.policy.observe(draft, accepted)
             self._advance(request, draft, accepted)
 
-    def _step_chains(self, rows: list[Request], drafts: list[Draft]) -> list[list[int]]:
+    def _verify(self, rows: list[Request], drafts: list[Draft]) -> list[list[int]]:
         """The token chosen after the last one of each row and after each guess, by the compiled step."""
         width = 1 + max((len(draft) for draft in drafts), default=0)
         sampled = any(request.sampling.temperature > 0 for request in rows)
@@ -244,40 +240,28 @@ class Engine:
             sequences = [request._row for request in rows if request._row is not None]
             step.bind(
                 sequences, [[request.tokens[-1], *draft.tokens] for request, draft in zip(rows, drafts, strict=True)],
-                [request.sampling for request in rows], [request.seed for request in rows],
+                [request.sampling for request in rows], [request.seed for request in rows], drafts,
             )  # fmt: skip
         step.reserve([1 + len(draft) for draft in drafts])
         self._step, self._bound = (step, list(rows)) if width == 1 else (None, [])
         _, chosen = step()
         return chosen.tolist()
 
-    def _step_trees(self, rows: list[Request], drafts: list[Draft]) -> list[list[int]]:
-        self._step, self._bound = None, []
-        sequences = [request._row for request in rows if request._row is not None]
-        chosen = verify_trees(
-            self.runner, sequences, [request.tokens[-1] for request in rows], drafts,
-            [request.sampling for request in rows], [request.seed for request in rows],
-        )  # fmt: skip
-        return chosen.tolist()
-
     def _propose(self, rows: list[Request]) -> list[Draft]:
         """Guesses for each row, as many as the policy says; no more than what the request still wants."""
-        limit = 0
-        if self.speculation is not None:
-            limit, policy = self.speculation.drafts, self.speculation.policy
-            if policy is not None:
-                limit = policy.drafts(limit, len(rows))
-        drafts = []
-        for request in rows:
-            most = min(limit, request.max_new_tokens - len(request.tokens) - 1)
-            guess = Draft()
-            if most > 0 and request._drafter is not None and request._row is not None:
-                guess = request._drafter.propose(request.known, most)
-                try:
-                    self.runner.cache.reserve(request._row, request._row.length + 1 + len(guess))
-                except OutOfBlocks:  # guesses are worth no request's blocks
-                    guess = Draft()
-            drafts.append(guess)
+        if self.speculation is None:
+            return [Draft()] * len(rows)
+        limit, policy = self.speculation.drafts, self.speculation.policy
+        if policy is not None:
+            limit = policy.drafts(limit, len(rows))
+        limits = [min(limit, request.max_new_tokens - len(request.tokens) - 1) for request in rows]
+        drafts = guesses([request._drafter for request in rows], [request.known for request in rows], limits)
+        for i, (request, draft) in enumerate(zip(rows, drafts, strict=True)):
+            assert request._row is not None
+            try:
+                self.runner.cache.reserve(request._row, request._row.length + 1 + len(draft))
+            except OutOfBlocks:  # guesses are worth no request's blocks
+                drafts[i] = Draft()
         return drafts
 
     def _advance(self, request: Request, draft: Draft, accepted: Accepted) -> None:

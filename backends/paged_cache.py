@@ -8,9 +8,9 @@ attention that transformers looks up by name reads them where they lie, through 
     positions  [B, S] int64   place of each in its row; -1 for padding, which is neither written nor seen
     tables     [B, M] int32   for each group of layers (`KeyValueLayout`): the block of every `block_size` positions
 
-A few tokens a row (decoding, verifying a chain of drafts) are attended as so many rows of one token, by the kernel that
-reads blocks in place: a token's attention is computed alike whatever the number of tokens beside it. More tokens (a
-prompt's chunk) and trees of drafts gather the row's keys and values and go to transformers' SDPA. An 8-bit cache is
+A few tokens a row (decoding, verifying drafts) are attended as so many rows of one token, by the kernel that reads
+blocks in place: a token's attention is computed alike whatever the number of tokens beside it. More tokens (a prompt's
+chunk) gather the row's keys and values and go to transformers' SDPA. An 8-bit cache is
 read as it was rounded in either case, so the size of a chunk changes nothing. With `recent` tokens in the model's type
 beside it (`recent_kv`), SDPA attends to what was gathered from blocks, to the ring and to the new tokens themselves.
 """
@@ -118,7 +118,7 @@ class View(PositionsGiven):
 
     `visible` is given where attention must gather: `[B, 1, S, L]` bool, the first L positions of each row that each new
     token sees (one for each group), and behind them its ring and the new tokens if some are `recent`. `fresh` says that
-    the rows held nothing before and none is padded.
+    the rows held nothing before and none is padded. `roots`, `trees` (of each group) are those of `paged_attention`.
     """
 
     storage: Storage
@@ -127,6 +127,8 @@ class View(PositionsGiven):
     slots: list[Tensor]
     lengths: Tensor
     row_tables: list[Tensor]
+    roots: Tensor | None = None
+    trees: list[Tensor] | None = None
     visible: list[Tensor] | None = None
     fresh: bool = False
     recent: Recent | None = None
@@ -139,30 +141,34 @@ class View(PositionsGiven):
         """A view for tokens at `positions [B, S]`.
 
         `context` (the tokens in the longest row afterwards) makes attention gather that many positions; it must be
-        given for more than `FEW_TOKENS`. For drafts in a tree, `tree` holds which of the new tokens each may see
-        `[B, S, S]` bool and the position in the sequence `[B, S]` that each would have; `positions` is where each is
-        written. `rings`, each row's ring and where it begins `[B]` int32, goes with recent tokens.
+        given for more than `FEW_TOKENS`. For drafts in a tree, attended in place, `tree` holds which of the new tokens
+        each may see, as bits `[B, S]` int32, and the position in the sequence that each would have `[B, S]`, -1 for
+        padding; `positions` is where each is written. `rings`, each row's ring and where it begins `[B]` int32, goes
+        with recent tokens.
         """
         size = storage.layout.block_size
         real = positions >= 0
         at = positions.clamp(min=0)
         slots = [torch.where(real, table.gather(1, at // size).long() * size + at % size, -1) for table in tables]
-        lengths = (positions + 1).to(torch.int32).reshape(-1)
+        layout, stand, recent = storage.layout, positions if tree is None else tree[1], None
+        lengths = (stand + 1).to(torch.int32).reshape(-1)
         tokens = positions.shape[1]
         rows = tables if tokens == 1 else [table.repeat_interleave(tokens, 0) for table in tables]
-        layout, stand, recent = storage.layout, positions if tree is None else tree[1], None
+        roots, trees = None, None
+        if tree is not None:
+            roots = at[:, :1].to(torch.int32).repeat_interleave(tokens, 0).reshape(-1)
+            trees = [_nodes(*tree, window, layout.sinks) for window in layout.windows]
         if rings is not None:
             recent = Recent.of(layout.recent, layout.ring, positions, stand, *rings)
         visible = None
         if context is not None:
-            visible = [_visible(positions, context, window, layout.sinks, tree) for window in layout.windows]
+            visible = [_visible(positions, context, window, layout.sinks) for window in layout.windows]
             if recent is not None:
-                among = None if tree is None else tree[0]
                 visible = [
-                    recent.visible(seen, positions, stand, window, layout.sinks, among)
+                    recent.visible(seen, positions, window, layout.sinks)
                     for seen, window in zip(visible, layout.windows, strict=True)
                 ]
-        return cls(storage, positions, tables, slots, lengths, rows, visible, fresh, recent)
+        return cls(storage, positions, tables, slots, lengths, rows, roots, trees, visible, fresh, recent)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_args: Any, **_options: Any) -> tuple[Tensor, Tensor]:
         """Write the new keys and values `[B, H_kv, S, D]`; attention finds them in the storage.
@@ -202,17 +208,23 @@ class View(PositionsGiven):
         return keys.masked_fill(unseen, 0), values.masked_fill(unseen, 0)
 
 
-def _visible(positions: Tensor, context: int, window: int, sinks: int, tree: tuple[Tensor, Tensor] | None) -> Tensor:
+def _nodes(bits: Tensor, at: Tensor, window: int, sinks: int) -> Tensor:
+    """`[B S]` int32: the nodes `bits [B, S]` that each of those at `at [B, S]` sees within a window."""
+    tokens = at.shape[1]
+    if 0 < window < tokens:
+        node = torch.arange(tokens, dtype=torch.int32, device=at.device)
+        near = (at[:, None] > at[:, :, None] - window) | (at[:, None] < sinks)  # [B, S, S]
+        bits = bits & (near.to(torch.int32) << node).sum(2, dtype=torch.int32)
+    return bits.reshape(-1)
+
+
+def _visible(positions: Tensor, context: int, window: int, sinks: int) -> Tensor:
     """`[B, 1, S, L]`: what each new token sees. Padding sees the first position, so that no row is empty."""
-    at = (positions if tree is None else tree[1])[:, :, None]  # [B, S, 1]
+    at = positions[:, :, None]
     key = torch.arange(context, device=positions.device)
-    seen = key <= at if tree is None else (key < positions[:, :1, None]).expand(*positions.shape, context)
+    seen = key <= at
     if window:
         seen = seen & ((key > at - window) | (key < sinks))
-    if tree is not None:
-        column = torch.where(positions < 0, context, positions)  # of padding: one more, cut off again
-        seen = nn.functional.pad(seen, (0, 1)).scatter(2, column.unsqueeze(1).expand(tree[0].shape), tree[0])
-        seen = seen[..., :context]
     return (seen | ((at < 0) & (key == 0))).unsqueeze(1)
 
 
@@ -284,7 +296,7 @@ def _in_place(query: Tensor, view: View, layer_idx: int, scaling: float | None, 
     out = paged_attention(
         query.transpose(1, 2).reshape(batch * tokens, heads, head_dim), layer.keys, layer.values, layer.key_scales,
         layer.value_scales, view.row_tables[group], view.lengths, _scale(query, scaling), softcap or 0.0,
-        layout.windows[group], layout.sinks, *rings, None, None,
+        layout.windows[group], layout.sinks, *rings, view.roots, None if view.trees is None else view.trees[group],
     )  # fmt: skip
     return out.view(batch, tokens, heads, head_dim)  # type: ignore[no-any-return]
 

@@ -221,13 +221,13 @@ class PagedRunner(StepRunner):
         )  # fmt: skip
         return self.forward(ids.to(self.device), view, keep)
 
-    def forward(self, ids: Tensor, view: View, keep: int, positions: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, view: View, keep: int) -> Tensor:
         """The model's own forward, not compiled; float32 logits of the last `keep` tokens, of all for 0."""
         self.ledger.steps["prefill chunk"] += 1
         with torch.inference_mode(False), torch.no_grad():
             out = self.model(
                 input_ids=ids,
-                position_ids=(view.positions if positions is None else positions).clamp(min=0),
+                position_ids=view.positions.clamp(min=0),
                 past_key_values=view,
                 use_cache=True,
                 kv_cache=view,

@@ -6,6 +6,9 @@ tokens are drawn) over buffers of its own that never move, which is also what a 
 block tables and sampling parameters are copied in when they change. A step of one token advances them itself, so that
 the next step needs nothing from the host. Rows that are not in use have position -1: they write and see nothing.
 
+Drafts that a step of several tokens verifies form a tree below the first of them; a chain is the tree whose nodes each
+have one child. They are written one behind the other, and see the cache and their own branch.
+
 Random numbers are a hash of (seed, position), so a row's draws do not depend on the rows beside it.
 """
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from optimizer.backends.compiled import compile_options
 from optimizer.backends.cuda_graph import GraphedStep
+from optimizer.backends.drafting import Draft
 from optimizer.backends.kernels.sampling import sample_tokens
 from optimizer.backends.kv_layout import FEW_TOKENS
 from optimizer.backends.paged_cache import Storage, View
@@ -45,6 +49,10 @@ class Step:
         """The most tokens of a row, new ones included, that its tables have room for."""
         self.tokens = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         self.positions = torch.full((rows, tokens), -1, dtype=torch.long, device=device)
+        self.tree: tuple[Tensor, Tensor] | None = None
+        """Which of the new tokens each sees, as bits `[B, S]`, and where it stands in its branch `[B, S]`."""
+        if tokens > 1:
+            self.tree = (torch.zeros(rows, tokens, dtype=torch.int32, device=device), self.positions.clone())
         shape = (rows, -(-context // runner.layout.block_size))
         self.tables = [torch.full(shape, -1, dtype=torch.int32, device=device) for _ in runner.layout.windows]
         self.rings: tuple[Tensor, Tensor] | None = None
@@ -68,25 +76,32 @@ class Step:
     def buffers(self) -> list[Tensor]:
         """Everything that a step reads and the host writes."""
         sampling = (self.temperature, self.top_k, self.top_p, self.seeds)
-        return [self.tokens, self.positions, *self.tables, *(self.rings or ()), *sampling]
+        return [self.tokens, self.positions, *(self.tree or ()), *self.tables, *(self.rings or ()), *sampling]
 
     def bind(
-        self, rows: Rows[Sequence], tokens: Rows[Rows[int]], samplings: Rows[Sampling] = (), seeds: Rows[int] = ()
-    ) -> None:
-        """Put sequences into the first rows, each to go on with its `tokens`, one or more; the other rows rest."""
-        count = len(rows)
+        self, rows: Rows[Sequence], tokens: Rows[Rows[int]], samplings: Rows[Sampling] = (), seeds: Rows[int] = (),
+        drafts: Rows[Draft] = (),
+    ) -> None:  # fmt: skip
+        """Put sequences into the first rows, each to go on with its `tokens`, one or more; the other rows rest.
+
+        Those behind the first are the nodes of its draft; a chain unless `drafts` are given.
+        """
+        count, width = len(rows), self.tokens.shape[1]
         self.rows = list(rows)
         self._versions = [-1] * count
         self.positions.fill_(-1)
-        width = self.tokens.shape[1]
-        ids = [[*new] + [0] * (width - len(new)) for new in tokens]
-        places = [
-            [row.length + i if i < len(new) else -1 for i in range(width)]
-            for row, new in zip(rows, tokens, strict=True)
-        ]
         if count:
-            self.tokens[:count] = torch.tensor(ids)
-            self.positions[:count] = torch.tensor(places)
+            self.tokens[:count] = _padded(tokens, width, 0)
+            places = [range(row.length, row.length + len(new)) for row, new in zip(rows, tokens, strict=True)]
+            self.positions[:count] = _padded(places, width, -1)
+        if count and self.tree is not None:
+            trees = drafts or [Draft.chain(new[1:]) for new in tokens]
+            sees, stand = self.tree
+            sees[:count] = _padded([draft.sees for draft in trees], width, 0)
+            stands = [[row.length + depth for depth in draft.depths] for row, draft in zip(rows, trees, strict=True)]
+            stand[:count] = _padded(stands, width, -1)
+        if self.tree is not None:
+            self.tree[0][count:], self.tree[1][count:] = 0, -1
         for i, sampling in enumerate(samplings):
             self.temperature[i] = sampling.temperature
             self.top_k[i] = sampling.top_k or 0
@@ -150,10 +165,11 @@ def _executable(runner: PagedRunner, step: Step) -> tuple[Callable[[], tuple[Ten
 def _step_forward(model: Any, storage: Storage, step: Step) -> tuple[Tensor, Tensor]:
     """Append the step's tokens; float32 logits `[B, S, V]`, next tokens `[B, S]`, which a step of one takes on."""
     positions = step.positions
-    view = View.of(storage, positions, step.tables, rings=step.rings)
+    view = View.of(storage, positions, step.tables, tree=step.tree, rings=step.rings)
+    stand = positions if step.tree is None else step.tree[1]
     out = model(
         input_ids=step.tokens,
-        position_ids=positions.clamp(min=0),
+        position_ids=stand.clamp(min=0),
         past_key_values=view,
         use_cache=True,
         kv_cache=view,
@@ -162,7 +178,7 @@ def _step_forward(model: Any, storage: Storage, step: Step) -> tuple[Tensor, Ten
     if step.sampled:
         batch, tokens, vocabulary = logits.shape
         rows = [t.repeat_interleave(tokens) for t in (step.temperature, step.top_k, step.top_p)]
-        chosen = sample_tokens(logits.view(-1, vocabulary), *rows, uniform(step.seeds[:, None], positions).view(-1))
+        chosen = sample_tokens(logits.view(-1, vocabulary), *rows, uniform(step.seeds[:, None], stand).view(-1))
         chosen = chosen.view(batch, tokens)
     else:
         chosen = logits.argmax(-1)
@@ -170,6 +186,11 @@ def _step_forward(model: Any, storage: Storage, step: Step) -> tuple[Tensor, Ten
         step.tokens.copy_(torch.where(positions >= 0, chosen, step.tokens))
         positions.add_((positions >= 0).long())
     return logits, chosen
+
+
+def _padded(rows: Rows[Rows[int]], width: int, fill: int) -> Tensor:
+    """`[B, width]`."""
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:

@@ -52,14 +52,12 @@ class Recent:
         first = torch.where(real, places, _NEVER).amin(1)
         return cls(capacity, rings, starts.clamp(min=0).to(torch.int32), slots, first)
 
-    def visible(
-        self, blocks: Tensor, places: Tensor, at: Tensor, window: int, sinks: int, tree: Tensor | None
-    ) -> Tensor:
+    def visible(self, blocks: Tensor, places: Tensor, window: int, sinks: int) -> Tensor:
         """What new tokens see of L positions in blocks, of their row's ring and of themselves `[B, 1, S, L + C + S]`.
 
-        `blocks [B, 1, S, L]` is what they would see without rings, `tree [B, S, S]` of each other.
+        `blocks [B, 1, S, L]` is what they would see without rings.
         """
-        starts, at = self.starts[:, :, None], at[:, :, None]  # [B, S, 1]
+        starts, at = self.starts[:, :, None], places[:, :, None]  # [B, S, 1]
         old = blocks & (torch.arange(blocks.shape[-1], device=at.device) < starts)[:, None]
         slot = torch.arange(self.capacity, device=at.device)
         last = self.first[:, None] - 1
@@ -68,6 +66,4 @@ class Recent:
         near = (keys >= starts) & (keys <= at)
         if window:
             near = near & ((keys > at - window) | (keys < sinks))
-        if tree is not None:
-            near = torch.cat([near[..., : self.capacity], tree & (places >= 0)[:, None]], 2)
         return torch.cat([old, near[:, None]], 3)

@@ -34,12 +34,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from optimizer.backends.drafting import ROOT, Draft, Proposer
 from optimizer.errors import UsageError
+
+if TYPE_CHECKING:
+    from optimizer.backends.paged_runner import PagedRunner
 
 _LEAST_TESTS = 4.0  # what evidence never shrinks below, and the weight of the first guess: one probe moves it by 1/5
 
@@ -353,6 +357,8 @@ class Speculation:
     drafter: Callable[[], Proposer]
     drafts: int = 4
     policy: SpeculationPolicy | None = None
+    draft_runner: PagedRunner | None = None
+    """What drafts decode with, if they do, so that its steps can be compiled ahead too."""
 
     @property
     def summary(self) -> str:

@@ -1,7 +1,7 @@
 """Guess several tokens a step and verify them together: the same tokens, in fewer steps where guesses are good.
 
 `drafter: lookup` guesses what followed the last tokens where they stood before (code, summaries, answers that quote);
-in several places with `branches`, which makes a tree, whose steps are not compiled. `early-exit` decodes with the first
+in several places with `branches`, which makes a tree. `early-exit` decodes with the first
 `exit_layer` layers of the model itself; `model` with a smaller model of the same tokenizer from the folder
 `draft_model`. How many are verified, and whether any, follows the acceptance so far and the measured seconds of a step;
 the report says what came of it.
@@ -83,23 +83,23 @@ def _speculating(
             f"speculate needs the paged cache, and {type(runner).__name__} has none. Put it after "
             "`decode: {cache: paged}`, on a model that can use it."
         )
-    drafter, seconds = _drafter(runner, settings)
+    drafter, seconds, draft = _drafter(runner, settings)
     costs = StepCosts({1: _seconds(runner, 1), settings.drafts + 1: _seconds(runner, settings.drafts + 1)}, seconds)
-    runner.speculation = Speculation(drafter, settings.drafts, SpeculationPolicy(costs, settings.max_batch))
+    runner.speculation = Speculation(drafter, settings.drafts, SpeculationPolicy(costs, settings.max_batch), draft)
     return runner
 
 
-def _drafter(runner: PagedRunner, settings: Speculate) -> tuple[Callable[[], Proposer], float]:
-    """What makes a proposer for each request, and the seconds that one of its guesses takes."""
+def _drafter(runner: PagedRunner, settings: Speculate) -> tuple[Callable[[], Proposer], float, PagedRunner | None]:
+    """What makes a proposer for each request, the seconds that one of its guesses takes, and the model it runs."""
     if settings.drafter == "lookup":
-        return partial(PromptLookup, settings.ngram, 1, settings.branches), 0.0
+        return partial(PromptLookup, settings.ngram, 1, settings.branches), 0.0, None
     if settings.exit_layer is not None:
         small = early_exit(view(runner.model), settings.exit_layer)
     else:
         small = _load(str(settings.draft_model), runner)
     options = PagedOptions(block_size=runner.options.block_size, cache_tokens=runner.options.cache_tokens)
     draft = PagedRunner(small, max_context=runner.max_context, compile=runner.compile, options=options)
-    return partial(DraftModel, draft), _seconds(draft, 1)
+    return partial(DraftModel, draft), _seconds(draft, 1), draft
 
 
 def _load(folder: str, runner: PagedRunner) -> Any:

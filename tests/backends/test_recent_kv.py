@@ -19,7 +19,6 @@ from optimizer.backends.paged_runner import PagedOptions, PagedRunner
 from optimizer.backends.sampling import Sampling
 from optimizer.backends.schedule import Limits
 from optimizer.backends.speculation import Speculation
-from optimizer.backends.trees import verify_trees
 from optimizer.errors import UsageError
 from optimizer.passes.base import view
 from optimizer.quant.kv import KvKind, round_kv
@@ -213,7 +212,10 @@ def test_a_tree_sees_its_own_branch_exactly() -> None:
     runner.extend([row], [tokens[0, :40].tolist()])
     branches = [tokens[0, 41:46].tolist(), [5, *tokens[0, 42:45].tolist()]]
     draft = Draft.tree(branches, 15)
-    chosen = verify_trees(runner, [row], [int(tokens[0, 40])], [draft], [Sampling()], [0])
+    step = runner.step(1, 1 + len(draft))
+    step.bind([row], [[int(tokens[0, 40]), *draft.tokens]], drafts=[draft])
+    step.reserve([1 + len(draft)])
+    _, chosen = step()
     for node, depth in enumerate(draft.depths):
         path, at = [], node - 1
         while at >= 0:

@@ -62,8 +62,8 @@ class Toy:
 
     def verify(self, history: list[int], draft: Draft) -> Tensor:
         """Logits `[n + 1, V]` of one forward, each row from what the mask lets it see."""
-        new, sees = [history[-1], *draft.tokens], draft.mask()
-        contexts = [history[:-1] + [new[column] for column in row.nonzero().flatten().tolist()] for row in sees]
+        new = [history[-1], *draft.tokens]
+        contexts = [history[:-1] + [token for i, token in enumerate(new) if row >> i & 1] for row in draft.sees]
         assert [len(context) - len(history) for context in contexts] == list(draft.depths)
         return torch.stack([self.logits(context) for context in contexts])
 
