@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 
 from optimizer.backends import paged_step
 from optimizer.backends.capture import buckets, compile_ahead
-from optimizer.backends.drafting import PromptLookup
+from optimizer.backends.draft_model import DraftModel
+from optimizer.backends.drafting import Draft, PromptLookup
 from optimizer.backends.engine import Engine
 from optimizer.backends.paged_runner import PagedOptions, PagedRunner
 from optimizer.backends.paged_step import Step
@@ -73,12 +74,16 @@ def test_a_replay_is_the_step_itself_in_every_bucket_after_all_inputs_change(
                 step = runner.step(rows, tokens, context=context, sampled=True)
                 assert step.context == most
                 assert {table.shape for table in step.tables} == {(1 if rows == 1 else 4, -(-most // 32))}
-                seen = []
-                for length, seed in ((9, 1), (most - 8, 2)):  # other sequences, blocks, tokens, seeds and temperatures
+                seen, drafts = [], {1: Draft.chain([4] * (tokens - 1)), 2: Draft((5, 6), (-1, -1))}
+                for length, seed in ((9, 1), (most - 8, 2)):  # other sequences, blocks, trees, seeds and temperatures
                     texts = prompts(rows, length, seed=seed)[0].tolist()
                     sequences = [runner.cache.open([]) for _ in range(rows)]
                     runner.extend(sequences, texts)
-                    step.bind(sequences, [[seed + 3] * tokens] * rows, [Sampling(0.5 * seed, 9)] * rows, [seed] * rows)
+                    draft = drafts[seed] if tokens > 1 else Draft()
+                    step.bind(
+                        sequences, [[seed, *draft.tokens]] * rows, [Sampling(0.5 * seed, 9)] * rows, [seed] * rows,
+                        [draft] * rows,
+                    )  # fmt: skip
                     step.reserve([tokens] * rows)
                     for mine, itself in zip(*both_ways(step), strict=True):
                         assert torch.equal(mine[:rows], itself[:rows])
@@ -170,6 +175,28 @@ def test_steps_that_verify_guesses_are_compiled_for_as_many_rows_as_guess() -> N
     found = list(buckets(runner))
     assert {key[:2] for key in found} == {(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (1, 3), (2, 3)}
     assert len(found) == len(set(found)) == 8 * 3 * 2
+
+
+def test_the_steps_of_a_draft_model_are_compiled_ahead_and_none_later() -> None:
+    torch._dynamo.reset()
+    model = llama(num_hidden_layers=1)
+    runner = paged(model, compile=True, max_batch=2, context_buckets=False)
+    draft = paged(model, compile=True, context_buckets=False)
+    runner.backend = draft.backend = "eager"
+    runner.speculation = Speculation(lambda: DraftModel(draft), 2, draft_runner=draft)
+    # One or two rows: of 1 to 3 tokens, drawn or not, and of 1 or 2 tokens of the draft.
+    counters.clear()
+    assert compile_ahead(runner) == 2 * 3 * 2 + 2 * 2
+    assert runner.ledger.compile_seconds > draft.ledger.compile_seconds > 0
+    assert counters["stats"]["unique_graphs"] == 16
+    texts = prompts(2, 12)[0].tolist()
+    before = runner.ledger.compile_seconds
+    found = runner.generate_batch(texts, max_new_tokens=12)
+    assert found == paged(model).generate_batch(texts, max_new_tokens=12)
+    assert counters["stats"]["unique_graphs"] == 16
+    assert runner.ledger.compile_seconds == before
+    assert draft.ledger.steps["compiled"] > 0
+    torch._dynamo.reset()
 
 
 def test_another_way_to_capture_is_refused() -> None:

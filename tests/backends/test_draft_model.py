@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from optimizer.backends.draft_model import DraftModel, early_exit
+from optimizer.backends.draft_model import DraftModel, early_exit, guesses, propose_together
+from optimizer.backends.drafting import PromptLookup
 from optimizer.backends.engine import Engine
 from optimizer.backends.paged_runner import PagedOptions, PagedRunner
 from optimizer.backends.sampling import Sampling
+from optimizer.backends.schedule import Limits
 from optimizer.backends.speculation import Speculation
 from optimizer.errors import UsageError
 from optimizer.passes.base import view
@@ -61,6 +63,52 @@ def test_a_target_that_drafts_for_itself_stands_wholly_and_any_draft_changes_not
     assert tokens["itself"] == tokens["none"] == tokens["another"]
     if sampling is None:
         assert steps["itself"] == 1 + 40 // 5
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(0.8, 20, 0.9)], ids=["greedy", "drawn"])
+def test_all_rows_of_a_batch_guess_in_the_same_steps(sampling: Sampling | None) -> None:
+    model = llama()
+    texts = [row[: 9 + 5 * i].tolist() for i, row in enumerate(prompts(4, 30)[0])]
+    wanted = [26, 41, 15, 33]  # they leave one after the other
+    alone = [
+        paged(model).generate_batch([text], max_new_tokens=n, sampling=sampling, seed=i)[0]
+        for i, (text, n) in enumerate(zip(texts, wanted, strict=True))
+    ]
+    for other in (model, mistral()):
+        draft = paged(other)
+        engine = Engine(paged(model), Limits(4, 1000), speculation=Speculation(lambda d=draft: DraftModel(d), 4))  # type: ignore[misc]
+        requests = [
+            engine.submit(text, max_new_tokens=n, sampling=sampling, seed=i)
+            for i, (text, n) in enumerate(zip(texts, wanted, strict=True))
+        ]
+        while engine.busy:
+            engine.step()
+        assert [request.tokens for request in requests] == alone
+        assert draft.cache.pools[0].used == 0
+        # A step for each guess, and one more where some rows' last guess stood and others' did not; not one a row.
+        assert draft.ledger.steps["eager"] <= 4 * engine.stats.steps
+        if other is model and sampling is None:
+            assert engine.stats.steps == 1 + 40 // 5
+
+
+def test_a_row_that_the_drafts_cache_has_no_room_for_guesses_nothing() -> None:
+    model = llama()
+    draft = paged(model, cache_tokens=64, share_prefixes=False)
+    models = [DraftModel(draft) for _ in range(3)]
+    texts = [row[:length].tolist() for row, length in zip(prompts(3, 40)[0], (20, 40, 20), strict=True)]
+    first, second, third = propose_together(models, texts, [4, 4, 4])
+    assert [len(first), len(second), len(third)] == [4, 0, 4]
+    assert first == DraftModel(paged(model)).propose(texts[0], 4)
+    assert third == DraftModel(paged(model)).propose(texts[2], 4)
+    models[0].close()
+    assert len(propose_together(models[1:], texts[1:], [0, 9])[0]) == 0
+    assert [len(draft) for draft in guesses([None, models[2], PromptLookup()], texts, [3, 0, 0])] == [0, 0, 0]
+    for one in models:
+        one.close()
+    assert draft.cache.pools[0].used == 0
+    longest = DraftModel(paged(llama(max_position_embeddings=32)))
+    assert len(longest.propose(texts[1][:30], 9)) == 2
+    assert len(longest.propose(texts[1], 9)) == 0
 
 
 def test_early_exit_is_the_model_without_its_later_layers() -> None:

@@ -138,6 +138,34 @@ def test_the_right_branch_of_a_tree_stands_and_its_keys_are_kept(kv: str | None)
         assert engine.stats.steps <= 1 + -(-39 // 4) + 1
 
 
+@pytest.mark.parametrize(("sampling", "window"), [(None, 0), (DRAWN, 3)], ids=["greedy", "drawn, a narrow window"])
+def test_trees_are_verified_by_the_compiled_step(sampling: Sampling | None, window: int) -> None:
+    """Of several rows, deeper than a window is long; whole graphs, and nothing but prompts runs uncompiled."""
+    model = mistral(window=window) if window else MODEL
+    own = PagedRunner(view(model), compile=True, options=PagedOptions(block_size=8, chunk=7))
+    own.backend = "eager"
+    prompts = some_prompts(3)
+    expected = [alone(prompt, 20, sampling, i, model) for i, prompt in enumerate(prompts)]
+    known = {tuple(prompt): prompt + tokens for prompt, tokens in zip(prompts, expected, strict=True)}
+
+    class Hidden:
+        """The tokens that will come, among wrong ones."""
+
+        def propose(self, history: Any, limit: int) -> Draft:
+            text = next(text for prompt, text in known.items() if tuple(history[: len(prompt)]) == prompt)
+            right = text[len(history) :][: min(limit, 6)]
+            wrong = [(token + 1) % VOCAB for token in right]
+            return Draft.tree([wrong[:1], [*right[:1], *wrong[1:2]], right], limit)
+
+    engine = Engine(own, Limits(4, 64), speculation=Speculation(Hidden, 9))
+    requests = [engine.submit(p, max_new_tokens=20, sampling=sampling, seed=i) for i, p in enumerate(prompts)]
+    assert finish(engine, requests) == expected
+    assert any(tokens > 4 for _, tokens, _, _ in own._steps)
+    assert own.ledger.steps["prefill chunk"] < 20  # of prompts alone
+    assert own.ledger.steps["compiled"] < 12
+    assert not own.ledger.steps["eager"]
+
+
 def test_speculation_turns_itself_off_and_says_why() -> None:
     policy = SpeculationPolicy(StepCosts({1: 1.0, 5: 1.1}), probe_every=1000)
     engine = Engine(runner(), speculation=Speculation(Wrong, 4, policy))
