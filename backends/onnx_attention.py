@@ -1,10 +1,10 @@
 """Attention and its cache in an exported graph: one operator over a buffer that stays, or standard operators.
 
-    GroupQuery   `com.microsoft::GroupQueryAttention` of ONNX Runtime. Past and present are one buffer `[B, H_kv, C, d]`,
-                 C the tokens for which it has room: a step writes its keys and values at their place, and nothing is
-                 copied. Rows are padded on the right, and the sum of a row's mask is its length, as onnxruntime-genai
-                 has it. Rotary embedding is part of the operator where the model rotates halves by a table of
-                 positions, and stands before it otherwise.
+    GroupQuery   `com.microsoft::GroupQueryAttention` of ONNX Runtime. Past and present are one buffer `[B, H_kv, C, d]`
+                 with room for C tokens: a step writes its keys and values at their place, and nothing is copied. Rows
+                 are padded on the right, and the sum of a row's mask is its length, as onnxruntime-genai has it.
+                 Rotary embedding is part of the operator where the model rotates halves by a table of positions, and
+                 stands before it otherwise.
     Standard     products, softmax, and Concat, which makes present one longer than past: what every runtime knows.
 
 Which of them a model gets is decided by tracing it: one that does something else than the operator says why
@@ -71,18 +71,18 @@ class Attention(ABC, nn.Module):
         self.layers = layers
 
     @abstractmethod
-    def begin(self, mask: Tensor, past: list[Tensor], new: int) -> tuple[Any, Any]:
+    def begin(self, mask: Tensor, past: list[Tensor], new: int, /) -> tuple[Any, Any]:
         """The cache and the mask that the model's forward gets, for `new` tokens after `past`."""
 
     @abstractmethod
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None,
-        **options: Any,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, /,
+        scaling: float | None = None, **options: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """Attention of `query [B, H, S, d]` as `[B, S, H, d]`, over what the cache's `update` returned."""
 
     @abstractmethod
-    def present(self, cache: Any) -> list[Tensor]:
+    def present(self, cache: Any, /) -> list[Tensor]:
         """The cache after the forward, keys and values layer by layer."""
 
     @contextmanager
@@ -106,7 +106,7 @@ class Standard(Attention):
 
     operator, shared_buffer = "standard operators", False
 
-    def begin(self, mask: Tensor, past: list[Tensor], new: int) -> tuple[Any, Any]:
+    def begin(self, mask: Tensor, past: list[Tensor], new: int, /) -> tuple[Any, Any]:
         """A cache that Concat makes longer, and what is added to the scores, `[B, 1, S, P + S]`."""
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
@@ -132,8 +132,8 @@ class Standard(Attention):
         return self.layers.by_kind(added(full), None if window is None else added(full & (key > query - window)))
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None,
-        **options: Any,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, /,
+        scaling: float | None = None, **options: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """A group's heads share a product over `key`, `value [B, H_kv, T, d]`."""
         _refuse(module, options, ("s_aux", "position_bias"))
@@ -150,7 +150,7 @@ class Standard(Attention):
         out = (weights @ value).reshape(batch, heads, new, -1)
         return out.transpose(1, 2), None
 
-    def present(self, cache: Any) -> list[Tensor]:
+    def present(self, cache: Any, /) -> list[Tensor]:
         """Past and new tokens, one behind the other."""
         return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
@@ -175,7 +175,7 @@ class GroupQuery(Attention):
         if layers.head_dim % 8:
             raise Unfit(f"heads of {layers.head_dim} features are no multiple of 8")
 
-    def begin(self, mask: Tensor, past: list[Tensor], new: int) -> tuple[Any, Any]:
+    def begin(self, mask: Tensor, past: list[Tensor], _new: int, /) -> tuple[Any, Any]:
         """A cache that hands new keys and values on as they are; the operator makes its own mask."""
         from transformers import DynamicCache
 
@@ -192,8 +192,8 @@ class GroupQuery(Attention):
         return New(), self.layers.by_kind(unused, unused)
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None,
-        **options: Any,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor, /,
+        scaling: float | None = None, **options: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """The operator on `query`, `key` and `value` of the new tokens alone."""
         _refuse(module, options, ("s_aux", "position_bias"))
@@ -206,7 +206,7 @@ class GroupQuery(Attention):
         self._rotated = None
         batch, heads, new, width = query.shape
         past = self._past[2 * layer], self._past[2 * layer + 1]
-        attributes = {
+        attributes: dict[str, Any] = {
             "num_heads": heads, "kv_num_heads": key.shape[1], "do_rotary": int(rotary),
             "scale": float(width**-0.5 if scaling is None else scaling),
             "local_window_size": self.layers.window if self.layers.windowed(layer) else -1,
@@ -222,7 +222,7 @@ class GroupQuery(Attention):
         self._present[layer] = present[0], present[1]
         return out.unflatten(2, (heads, width)), None
 
-    def present(self, cache: Any) -> list[Tensor]:
+    def present(self, _cache: Any, /) -> list[Tensor]:
         """The buffers, in which the new tokens are."""
         missing = set(range(self.layers.count)) - self._present.keys()
         if missing:

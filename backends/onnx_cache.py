@@ -30,11 +30,11 @@ class Cache(ABC):
         return self._runtime.OrtValue.ortvalue_from_numpy(content.numpy(), self._place, 0)
 
     @abstractmethod
-    def bind(self, binding: Any, length: int) -> None:
+    def bind(self, binding: Any, length: int, /) -> None:
         """Bind past and present for a step after which the longest row has `length` tokens."""
 
     @abstractmethod
-    def after(self, binding: Any) -> None:
+    def after(self, binding: Any, /) -> None:
         """Take what the step made."""
 
 
@@ -47,7 +47,7 @@ class SharedBuffer(Cache):
         super().__init__(*args)
         self._values: list[Any] = []
 
-    def bind(self, binding: Any, length: int) -> None:
+    def bind(self, binding: Any, length: int, /) -> None:
         """Nothing, unless there is no room for the step."""
         if self._values and length <= self._room:
             return
@@ -67,7 +67,7 @@ class SharedBuffer(Cache):
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
 
-    def after(self, binding: Any) -> None:
+    def after(self, _binding: Any, /) -> None:
         """The step wrote in place."""
 
 
@@ -80,12 +80,12 @@ class GrowingCache(Cache):
         super().__init__(*args)
         self._values = [self._value(self._empty)] * len(self._past)
 
-    def bind(self, binding: Any, length: int) -> None:
+    def bind(self, binding: Any, _length: int, /) -> None:
         """The last step's tensors, and new ones of the runtime's own."""
         for past, present, value in zip(self._past, self._present, self._values, strict=True):
             binding.bind_ortvalue_input(past, value)
             binding.bind_output(present, self._place)
 
-    def after(self, binding: Any) -> None:
+    def after(self, binding: Any, /) -> None:
         """The tensors that the runtime made, in the order in which they were bound."""
         self._values = list(binding.get_outputs()[1:])

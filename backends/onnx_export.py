@@ -4,9 +4,9 @@
            past_key_values.i.key and .value [B, H_kv, C, d] of each layer i
     out    logits [B, S, V], present.i.key and .value [B, H_kv, C, d]
 
-for S new tokens after P. With a shared buffer past and present are the same memory, with room for C >= P + S tokens, and
-rows are padded on the right; otherwise the past has P tokens, present P + S, and rows are padded on the left. B, S, P and
-C are dynamic, and P may be 0: the same graph runs a prompt and every later step. The names are those that
+for S new tokens after P. With a shared buffer, past and present are the same memory with room for C >= P + S tokens,
+and rows are padded on the right. Otherwise the past has P tokens and present P + S, and rows are padded on the left. B,
+S, P and C are dynamic, and P may be 0: the same graph runs a prompt and every later step. The names are those that
 onnxruntime-genai expects. `torch.export` traces the model's own forward; attention is that of `onnx_attention`, and
 quantized linears are those of `onnx_ops`.
 """
@@ -161,7 +161,7 @@ class _Step(nn.Module):
 
 def _step_of(model: Any, dtype: torch.dtype, dialect: str) -> tuple[_Step, Any, str]:
     """The traced graph with the first kind of attention that can say what the model does, and why others could not."""
-    reasons = []
+    reasons: list[str] = []
     for make in candidates(model, dtype, dialect):
         try:
             attention = make()

@@ -1,8 +1,8 @@
 """A graph of `onnx_export` run by ONNX Runtime, as one of our runners: same inputs, same logits, same `generate`.
 
 The cache stays where it is (IO binding), so nothing of it passes through Python. A graph with a shared buffer gets the
-same memory as past and present, and writes a step's keys and values into it; a longer text than it has room for takes one
-of twice the size. A graph of standard operators returns a longer tensor, which is the past of the next step.
+same memory as past and present, and writes a step's keys and values into it; a text that outgrows it takes one of twice
+the size. A graph of standard operators returns a longer tensor, which is the past of the next step.
 
 A folder is hostile until checked: every file against the manifest's sha256, then every path of external data, which
 must be a plain name of a file that the manifest lists. Only then does the runtime open it.
@@ -181,9 +181,13 @@ def check_external_data(folder: Path, files: Collection[str] | None = None) -> N
 def session_options(int8_inputs: bool) -> dict[str, str]:
     """Settings under which the runtime computes what the graph says.
 
-    ONNX Runtime joins DequantizeLinear and MatMul into one kernel, which rounds the inputs to int8 unless told not to.
+    ONNX Runtime would join DequantizeLinear and MatMul into MatMulNBits, which for 8 bits decodes the whole weight at
+    every call unless it may round the inputs. Told not to, it decodes the weight once, when the session is opened.
     """
-    return {"session.qdq_matmulnbits_accuracy_level": "4" if int8_inputs else "1"}
+    return {
+        "session.disable_quant_qdq": "1",
+        "session.qdq_matmulnbits_accuracy_level": "4" if int8_inputs else "1",
+    }
 
 
 def open_session(file: Path, *, device: str = "auto", threads: int | None = None, int8_inputs: bool = False) -> Any:

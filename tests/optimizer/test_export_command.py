@@ -100,10 +100,10 @@ def test_the_graph_has_the_interface_that_consumers_rely_on(folders: Any) -> Non
     assert list(inputs) == ["input_ids", "attention_mask", "position_ids", *past_names(1)]
     assert inputs["input_ids"] == inputs["position_ids"] == ["batch_size", "sequence_length"]
     assert inputs["attention_mask"] == ["batch_size", "total_sequence_length"]
-    assert inputs["past_key_values.0.value"] == ["batch_size", 2, "past_sequence_length", 16]
+    assert inputs["past_key_values.0.value"] == ["batch_size", 2, "cache_length", 16]
     assert list(outputs) == ["logits", *past_names(1, "present")]
     assert outputs["logits"] == ["batch_size", "sequence_length", 320]
-    assert outputs["present.0.key"] == ["batch_size", 2, "total_sequence_length", 16]
+    assert outputs["present.0.key"] == ["batch_size", 2, "cache_length", 16]
     table = [t for t in graph.graph.initializer if sorted(t.dims) == [64, 320]]
     assert len(table) == 1  # a tied head is stored once
 
@@ -116,7 +116,11 @@ def test_genai_finds_every_name_of_its_configuration_in_the_graph(folders: Any) 
         assert {name.replace("%d", "0") for name in decoder[side].values()} == {value.name for value in values}
     assert decoder["session_options"]["session.qdq_matmulnbits_accuracy_level"] == "1"
     assert (config["model"]["eos_token_id"], config["model"]["pad_token_id"]) == (1, 2)
-    assert config["search"]["past_present_share_buffer"] is False
+    assert config["search"]["past_present_share_buffer"] is True
+    settings = json.loads((folders[1] / "export.json").read_text())
+    assert settings["shared_buffer"] is True
+    assert settings["attention"] == "GroupQueryAttention with rotary embedding"
+    assert settings["attention_note"] == ""
 
 
 def test_genai_config_takes_ends_from_the_generation_defaults() -> None:
@@ -164,24 +168,61 @@ def test_logits_of_every_token_and_of_steps(runners: Any) -> None:
         assert (runner.decode(tokens[:, step]) - original.decode(tokens[:, step])).abs().max() <= bound
 
 
-def test_the_cache_of_a_step_is_the_tensor_that_the_runtime_made(runners: Any) -> None:
-    """What a step returned is what the next is given: no copy passes through Python."""
-    runner, _ = runners
-    runner.prefill(torch.tensor([[1, 2, 3]]))
-    addresses: list[int] = []
-    binding = type(runner._session.io_binding())
-    original = binding.bind_ortvalue_input
+def test_a_step_writes_into_the_buffer_and_copies_none_of_it(runners: Any) -> None:
+    """Past and present are one address from step to step, and what lies beyond the text, here NaN, is never touched."""
+    runner, original = runners
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    original.prefill(prompt)
+    runner.prefill(prompt)
+    buffers = runner._cache._values
+    assert len(buffers) == 2
+    for buffer in buffers:
+        buffer.numpy()[:, :, 3:] = float("nan")
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    for step in range(3):
+        token = torch.tensor([7 + step, 9 + step])
+        assert (runner.decode(token) - original.decode(token)).abs().max() <= 1e-5
+        _, *present = runner._binding.get_outputs()
+        assert [value.data_ptr() for value in present] == addresses
+        for buffer in buffers:
+            written = ~torch.isnan(torch.from_numpy(buffer.numpy()))
+            assert written[:, :, : 4 + step].all()
+            assert not written[:, :, 4 + step :].any()
 
-    def spy(self: Any, name: str, value: Any) -> None:
-        addresses.append(value.data_ptr())
-        original(self, name, value)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(binding, "bind_ortvalue_input", spy)
-        before = [value.data_ptr() for value in runner._past]
-        runner.decode(torch.tensor([4]))
-    assert addresses == before
-    assert runner._past[0].shape() == [1, 2, 4, 16]
+def test_no_operator_of_a_step_makes_a_cache(folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the runtime's own profile, at a cache that is larger than all else in the graph."""
+    monkeypatch.setattr(onnx_runner, "FIRST_ROOM", 256)
+    runner = OnnxRunner(folders[1])
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    runner._session = onnxruntime.InferenceSession(
+        str(folders[1] / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+    )
+    runner.prefill(torch.ones(8, 2, dtype=torch.long))
+    runner.decode(torch.ones(8, dtype=torch.long))
+    cache = 8 * 2 * 256 * 16 * 4
+    events = [
+        event for event in json.loads(Path(runner._session.end_profiling()).read_text()) if event["cat"] == "Node"
+    ]
+    made = [(event["args"]["op_name"], int(event["args"].get("output_size", 0))) for event in events]
+    attention = [size for name, size in made if name == "GroupQueryAttention"]
+    assert max(attention) >= 2 * cache  # the buffers that it was given
+    assert 0 < max(size for name, size in made if name != "GroupQueryAttention") < cache
+
+
+def test_a_text_that_outgrows_the_buffer_gets_one_of_twice_the_size(
+    runners: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, original = runners
+    monkeypatch.setattr(onnx_runner, "FIRST_ROOM", 1)
+    tokens, mask = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    sizes: list[int] = []
+    found = runner.generate(
+        tokens, mask, max_new_tokens=40, on_token=lambda _: sizes.append(runner._cache._values[0].shape()[2])
+    )
+    assert torch.equal(found, original.generate(tokens, mask, max_new_tokens=40))
+    assert sorted(set(sizes)) == [6, 12, 24, 48]
 
 
 def test_the_runner_checks_its_inputs_like_every_other(runners: Any) -> None:
