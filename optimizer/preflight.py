@@ -22,6 +22,7 @@ from optimizer.layouts import LAYOUTS, StoredLayer
 from optimizer.passes.merge_linears import SIBLINGS
 from optimizer.passes.quantize import Quantize
 from optimizer.quant.rtn import quantize_rtn
+from optimizer.report_units import BYTES
 
 WORKING_COPIES = {"rtn": 1, "awq": 7, "gptq": 7}
 """Float32 copies of a layer's weight that are alive while it is quantized; rounding works on few rows at a time."""
@@ -67,9 +68,9 @@ class Preflight:
     disk: int
 
     def __str__(self) -> str:
-        """Such as `2.1 GB RAM, 4.4 GB disk`."""
-        parts = [f"{self.ram / 1e9:.1f} GB RAM"] + ([f"{self.vram / 1e9:.1f} GB VRAM"] if self.vram else [])
-        return ", ".join([*parts, f"{self.disk / 1e9:.1f} GB disk"])
+        """Such as `2.10 GB RAM, 4.40 GB disk`."""
+        parts = [f"{BYTES.format(self.ram)} RAM"] + ([f"{BYTES.format(self.vram)} VRAM"] if self.vram else [])
+        return ", ".join([*parts, f"{BYTES.format(self.disk)} disk"])
 
 
 def resident_bytes() -> int:
@@ -123,7 +124,7 @@ def _gram_bytes(layers: Mapping[str, nn.Linear]) -> int:
 
 
 def require_room(needed: Preflight, work: Path, ram: int, vram: int) -> None:
-    """`OutputError` when memory or disk are too small for the prediction; 0 means that a size is not known.
+    """`OutputError` when memory or disk are too small for the prediction; of memory, 0 means that it is not known.
 
     What an earlier run has left in the folder `work` is disk that need not be found again.
     """
@@ -131,10 +132,10 @@ def require_room(needed: Preflight, work: Path, ram: int, vram: int) -> None:
     there = sum(file.stat().st_size for file in work.iterdir()) if work.is_dir() else 0
     free = {"RAM": ram, "VRAM": vram, "disk": shutil.disk_usage(folder).free + there}
     for what, need in {"RAM": needed.ram, "VRAM": needed.vram, "disk": needed.disk}.items():
-        if free[what] and need > free[what]:
+        if need > free[what] and (free[what] or what == "disk"):
             remedy = "choose another disk" if what == "disk" else "use fewer calibration samples, or a larger machine"
             raise OutputError(
-                f"This job needs about {need / 1e9:.1f} GB of {what}, and {free[what] / 1e9:.1f} GB are free: {remedy}"
+                f"This job needs about {BYTES.format(need)} of {what}, and {BYTES.format(free[what])} are free: {remedy}"
             )
 
 

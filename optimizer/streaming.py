@@ -177,7 +177,8 @@ class _Job:
             tensors = self.weights.under(f"{name}.") or [self.weights.tied[f"{name}.weight"]]
             self.weights.load(tensors, torch.device("cpu"))
             linear = self.model.get_submodule(name)
-            rehearse(self.recipe.layout, name, linear, self.step, self.ctx.scale_dtype, self.work.path)
+            with self.work.writing():
+                rehearse(self.recipe.layout, name, linear, self.step, self.ctx.scale_dtype, self.work.path)
             self.weights.release(tensors)
         return needed
 

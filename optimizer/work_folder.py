@@ -35,6 +35,8 @@ class WorkFolder:
     def opened(self, state: Mapping[str, Any], *, restart: bool = False) -> Iterator[None]:
         """Claim the folder for a job described by `state`, alone; `restart` throws away what an earlier one left.
 
+        A job that ends with nothing finished leaves no folder.
+
         Raises `OutputError` when another process works there, or when the folder holds the work of another job, or
         cannot be used.
         """
@@ -48,7 +50,11 @@ class WorkFolder:
             raise OutputError(f"{self.path} cannot be used: {error}. Write elsewhere.") from None
         try:
             self._claim(json.loads(json.dumps(state)), restart)
-            yield
+            try:
+                yield
+            finally:
+                if all(name == STATE or name.endswith(".partial") for name in self._files()):  # nothing is finished
+                    self.remove()
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
@@ -58,8 +64,9 @@ class WorkFolder:
             raise OutputError(f"{self.path}, where finished parts are kept, is no folder. Remove it.")
         if restart and (self.path / STATE).is_file():  # nothing else is ours to throw away
             self.remove()
-        if not self.path.exists() or {file.name for file in self.path.iterdir()} <= {f"{STATE}.partial"}:
-            self.path.mkdir(exist_ok=True)
+        if self._files() <= {f"{STATE}.partial"}:
+            with self.writing():
+                self.path.mkdir(exist_ok=True)
             self.write_record(STATE, state)
             return
         found = self.read_record(STATE)
@@ -73,11 +80,28 @@ class WorkFolder:
         for leftover in self.path.glob("*.partial"):
             leftover.unlink()
 
+    def _files(self) -> set[str]:
+        return {file.name for file in self.path.iterdir()} if self.path.is_dir() else set()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """`OutputError` for what cannot be written here: the disk is full, or the folder is no longer writable."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{self.path} cannot be written to: {error}. What is finished is kept: make room there, and run the "
+                "same again to go on."
+            ) from error
+
     def write_record(self, name: str, record: Any) -> None:
         """Keep a JSON document."""
-        partial = self._partial(name)
-        partial.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
-        self._finish(partial, name)
+        with self.writing():
+            partial = self._partial(name)
+            partial.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+            self._finish(partial, name)
 
     def read_record(self, name: str) -> Any:
         """A kept JSON document, or None when there is none. `OutputError` for one that was damaged since."""
@@ -91,9 +115,10 @@ class WorkFolder:
         """Keep tensors in a safetensors file."""
         from safetensors.torch import save_file
 
-        partial = self._partial(name)
-        save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, partial, metadata={"format": "pt"})
-        self._finish(partial, name)
+        with self.writing():
+            partial = self._partial(name)
+            save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, partial, metadata={"format": "pt"})
+            self._finish(partial, name)
 
     def map_tensors(self, name: str) -> dict[str, Tensor]:
         """Kept tensors by name, in its order, mapped from their file: the system may drop from memory what is unused.

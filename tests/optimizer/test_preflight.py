@@ -124,8 +124,8 @@ def test_what_lies_in_the_work_folder_need_not_be_found_again(tmp_path: Path, mo
 
 
 def test_it_prints_what_matters() -> None:
-    assert str(Preflight(2_100_000_000, 0, 4_400_000_000)) == "2.1 GB RAM, 4.4 GB disk"
-    assert str(Preflight(2_100_000_000, 3_000_000_000, 0)) == "2.1 GB RAM, 3.0 GB VRAM, 0.0 GB disk"
+    assert str(Preflight(2_100_000_000, 0, 4_400_000_000)) == "2.10 GB RAM, 4.40 GB disk"
+    assert str(Preflight(2_100_000_000, 3_000_000_000, 0)) == "2.10 GB RAM, 3.00 GB VRAM, 0 B disk"
 
 
 REHEARSED: list[tuple[str, dict[str, Any], torch.dtype | None]] = [

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from optimizer import work_folder
@@ -174,6 +177,39 @@ def test_a_job_that_fails_goes_on_with_what_it_had(work: WorkFolder) -> None:
         assert work.read_record("part.json") == 1
 
 
+def test_a_job_that_ends_with_nothing_finished_leaves_no_folder(work: WorkFolder) -> None:
+    with pytest.raises(ZeroDivisionError), work.opened(JOB):
+        raise ZeroDivisionError
+    assert not work.path.exists()
+    with work.opened({"model": "b"}):  # so another job is not refused for it
+        work.write_record("part.json", 1)
+    assert work.read_record("part.json") == 1
+
+
+def test_what_cannot_be_written_is_an_error_that_says_so_and_what_is_finished_stays(
+    work: WorkFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = os.strerror(errno.ENOSPC)
+
+    def fails(error: Exception) -> Callable[..., None]:
+        def write(*_args: Any, **_options: Any) -> None:
+            raise error
+
+        return write
+
+    with work.opened(JOB):
+        work.write_tensors("old", {"a": torch.zeros(2)})
+        monkeypatch.setattr("safetensors.torch.save_file", fails(SafetensorError(f"I/O error: {full} (os error 28)")))
+        with pytest.raises(OutputError, match=rf"{re.escape(str(work.path))}.*{full}.*run the same again"):
+            work.write_tensors("new", {"a": torch.ones(2)})
+        monkeypatch.setattr(Path, "write_text", fails(OSError(errno.ENOSPC, full)))
+        with pytest.raises(OutputError, match=full):
+            work.write_record("new.json", 1)
+    monkeypatch.undo()
+    with work.opened(JOB):
+        assert work.map_tensors("old")["a"].tolist() == [0, 0]
+
+
 def test_a_job_that_was_killed_while_claiming_its_folder_can_be_begun_again(
     work: WorkFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +361,7 @@ def test_a_folder_is_open_once_in_a_process_too(work: WorkFolder) -> None:
 
 def test_the_lock_goes_whatever_happens(work: WorkFolder) -> None:
     with work.opened({"a": 1}):
-        pass
+        work.write_record("part.json", 1)
     with pytest.raises(OutputError), work.opened({"a": 2}):
         pass
     with pytest.raises(ZeroDivisionError), work.opened({"a": 1}):
@@ -389,7 +425,7 @@ def test_a_damaged_state_is_named_and_restart_begins_again(content: bytes, work:
 @pytest.mark.parametrize("content", ["[]", "3", '"a"', "true"])
 def test_a_state_of_another_kind_is_another_job(content: str, work: WorkFolder) -> None:
     with work.opened(JOB):
-        pass
+        work.write_record("part.json", 1)
     (work.path / STATE).write_text(content, encoding="utf-8")
     with pytest.raises(OutputError, match=r"another job \(all of it: .* there, "), work.opened(JOB):
         pytest.fail("went on without a state")
