@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from optimizer.calibration import load_calibration
 from optimizer.card import model_card
 from optimizer.checkpoint import load_checkpoint, save_checkpoint
 from optimizer.errors import ArtifactError, OptimizerError, RecipeError, UsageError
+from optimizer.evals.gate import Floor
 from optimizer.evals.lm_eval_results import save_lm_eval_results, seeds
 from optimizer.export_command import is_export, load_export
 from optimizer.export_forms import ExportedRunner
@@ -32,6 +34,7 @@ from optimizer.passes.base import Context, Pass
 from optimizer.passes.decode import Decode
 from optimizer.passes.merge_linears import MergeLinears
 from optimizer.pipeline import Outcome, apply_passes, choose_device
+from optimizer.plan import parse_goal
 from optimizer.plan_command import AUTO, MINUTES, base_recipe, plan_model
 from optimizer.plan_entry import plan_entry
 from optimizer.progress import Progress
@@ -143,6 +146,8 @@ def optimize(
     repair_minutes: float | None = None,
     progress: Progress | None = None,
     minutes: float | None = None,
+    goals: Sequence[str | Floor] = (),
+    quality: float | None = None,
     baselines: BaselineCache | None = None,
 ) -> Result:
     """Optimize a causal language model, measure it against the original, and judge it by the recipe's floors.
@@ -155,8 +160,9 @@ def optimize(
     `baselines` keeps the original's quality and the machine's ceilings for the next run.
 
     The recipe `auto` is made here: candidates are predicted, tried and judged for at most `minutes` (10 unless given),
-    and the fastest that holds its floors is the result. With `out` what was measured is kept beside it, in
-    `.<name>.plan`, so that a run that was killed goes on.
+    and the fastest that holds its floors is the result. `goals`, such as "decode.speedup>=3", are more floors, and say
+    which phase is made faster; `quality` is the share of it to keep. With `out` what was measured is kept beside it,
+    in `.<name>.plan`, so that a run that was killed goes on.
 
     If the gate refuses the model, up to `repair_minutes` are spent on finding the pass, pair of passes or layers that
     carry the loss and, with `repair`, on gating again without them; the recipe says both unless they are given here.
@@ -165,9 +171,12 @@ def optimize(
     Raises a subclass of `OptimizerError` that names the thing, the rule and the remedy.
     """
     planned = recipe == AUTO
-    if minutes is not None and not planned:
-        raise UsageError(f"minutes is the time of a plan, and recipe {str(recipe)!r} has none. Use recipe auto.")
-    recipe = base_recipe() if planned else Recipe.load(recipe)
+    if not planned and (minutes is not None or quality is not None or goals):
+        raise UsageError(
+            f"minutes, goals and quality are those of a plan, and recipe {str(recipe)!r} has none. Use recipe auto."
+        )
+    asked_for = [goal if isinstance(goal, Floor) else parse_goal(goal) for goal in goals]
+    recipe = base_recipe(goals=asked_for, quality=quality) if planned else Recipe.load(recipe)
     asked = {"repair": repair, "repair_minutes": repair_minutes}
     recipe = recipe.updated({key: value for key, value in asked.items() if value is not None})
     progress = progress or Progress()
@@ -187,24 +196,25 @@ def optimize(
         )
     if out is not None:
         check_output(out, sum(p.numel() * p.element_size() for p in source.model.parameters()))
+    baseline = None
+    if baselines is not None:
+        given = calibration if isinstance(calibration, Path) else None
+        baseline = partial(baselines.baseline, source=source, recipe=recipe, progress=progress, calibration=given)
     if planned:
         found = plan_model(
-            source, recipe, calibration=data, minutes=minutes or MINUTES, progress=progress,
+            source, recipe, goals=asked_for, calibration=data, minutes=MINUTES if minutes is None else minutes,
+            progress=progress, baseline=baseline,
             folder=None if out is None else Path(out).absolute().with_name(f".{Path(out).name}.plan"),
         )  # fmt: skip
         outcome = found.outcome(inplace=inplace)
         report = build_report(outcome).model_copy(update={"plan": plan_entry(found.plan)})
     else:
-        baseline = None
-        if baselines is not None:
-            given = calibration if isinstance(calibration, Path) else None
-            baseline = partial(baselines.baseline, source=source, recipe=recipe, progress=progress, calibration=given)
         outcome = run_and_repair(
             source, recipe, calibration=data, inplace=inplace, progress=progress, baseline=baseline
         )
         report = build_report(outcome)
-        if baselines is not None:
-            report = report.model_copy(update={"warnings": [*report.warnings, *baselines.notes]})
+    if baselines is not None:
+        report = report.model_copy(update={"warnings": [*report.warnings, *baselines.notes]})
     result = Result(outcome.runner, report, outcome)
     if out is not None and result.passed:
         with progress.phase("save"):

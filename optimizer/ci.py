@@ -19,7 +19,7 @@ from pathlib import Path
 from optimizer.api import Result, optimize
 from optimizer.artifact import check_output, read_manifest
 from optimizer.baseline_cache import BaselineCache
-from optimizer.ci_config import CiConfig, Job
+from optimizer.ci_config import AUTO, CiConfig, Job
 from optimizer.ci_outputs import append_github, github_error, write_files
 from optimizer.ci_result import UNFINISHED, JobResult, Problem, Status
 from optimizer.errors import OptimizerError, OutputError, UsageError
@@ -90,12 +90,12 @@ def run_job(job: Job, config: CiConfig, progress: Progress) -> JobResult:
 
 def _optimize(job: Job, config: CiConfig, progress: Progress, notes: list[str]) -> Result:
     baselines = None if config.cache is None else BaselineCache(Path(config.cache), notes)
-    calibrates = any(getattr(step, "calibrates", False) for step in job.recipe.build_passes())
+    calibrates = job.plan is not None or any(getattr(p, "calibrates", False) for p in job.recipe.build_passes())
     calibration = Path(config.calibration) if config.calibration is not None and calibrates else None
     artifact = job.folder / "artifact"
     result = optimize(
-        job.model, job.recipe, calibration=calibration, device=config.device, out=artifact, progress=progress,
-        baselines=baselines,
+        job.model, job.recipe if job.plan is None else AUTO, calibration=calibration, device=config.device,
+        out=artifact, progress=progress, baselines=baselines, **({} if job.plan is None else job.plan.model_dump()),
     )  # fmt: skip
     if not result.passed and artifact.exists():
         notes.append(f"{artifact} is an earlier run's, untouched: the gate refused this one")
@@ -128,7 +128,7 @@ def _publish(found: JobResult, config: CiConfig, progress: Progress) -> Iterator
 
 
 def _record(found: JobResult) -> Record:
-    recipe = found.job.recipe.model_dump(mode="json")
+    recipe = found.report.recipe if found.report is not None else found.job.recipe.model_dump(mode="json")
     tags = {"model": found.job.model, "recipe": found.job.recipe.name, "verdict": found.status}
     if found.digest is not None:
         tags["artifact.digest"] = found.digest

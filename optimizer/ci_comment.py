@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from optimizer.ci_result import JobResult, verdict
 from optimizer.evals.arithmetic import cost_per_million_tokens
+from optimizer.plan_entry import PlanEntry
 from optimizer.report import Report, speedup
 from optimizer.report_html import _markdown_code, _markdown_prose
 from optimizer.report_units import NONE, RATIO, SECONDS, clean
@@ -108,6 +109,8 @@ def _job(result: JobResult, price_per_hour: float | None) -> Iterator[str]:
         yield f"**{_markdown_code(problem.kind)}**, so there is no verdict:\n\n{fenced(problem.message)}"
     if (report := result.report) is not None:
         yield f"**{_markdown_prose(report.summary)}**"
+        if report.plan is not None:
+            yield _plan(report.plan)
         if report.failed_floors:
             yield _missed(report)
         yield _before_and_after(report)
@@ -118,6 +121,19 @@ def _job(result: JobResult, price_per_hour: float | None) -> Iterator[str]:
     notes = dict.fromkeys([*result.notes, *(report.warnings if report else ())])
     if notes:
         yield "\n".join(f"- **note:** {_markdown_code(note)}" for note in notes)
+
+
+def _plan(plan: PlanEntry) -> str:
+    """What `auto` chose, of how many, and why it looked no further."""
+    tried = [step for step in plan.steps if step.measured_tpot_seconds is not None]
+    chosen = ", ".join(
+        f"{_markdown_code(step.candidate)}, {_markdown_prose(step.reason)}" for step in tried if step.chosen
+    )
+    off = "" if plan.median_error is None else f"; predictions were off by {plan.median_error:.0%} in the median"
+    return (
+        f"Planned for {_markdown_prose(plan.objective)}: {chosen}. {len(tried)} of {len(plan.steps)} candidates were "
+        f"tried, then {_markdown_prose(plan.stopped)}{off}."
+    )
 
 
 def _missed(report: Report) -> str:

@@ -4,6 +4,7 @@
     recipes: [default, my-recipe.yaml]   # built-in names, files, or a recipe written out here
     out: out/ci
     cache: .optimizer/baselines
+    plan: {minutes: 10, goals: [decode.speedup>=3]}   # of the recipe `auto`, where it is among them
     sinks: [{name: mlflow, project: my-model}]
 
 Paths are relative to the folder of the file. Every model is optimized by every recipe: one job each.
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from optimizer.errors import UsageError
 from optimizer.recipe import Recipe, _explain, _Loader, _Strict
 
 REFERENCE = "reference"  # as in `optimizer.source`, which is heavy
+AUTO, MINUTES = "auto", 10.0  # as in `optimizer.plan_command`, likewise
 SLUG = 60
 """The most characters of a model's or recipe's name that a job's name keeps."""
 
@@ -50,6 +52,23 @@ class SinkSpec(_Strict):
         return uri
 
 
+class PlanSpec(_Strict):
+    """How the recipe `auto` is made: see `optimizer plan`, whose options these are."""
+
+    minutes: float = Field(default=MINUTES, gt=0)
+    goals: list[str] = Field(default=[])
+    quality: float | None = Field(default=None, gt=0, le=1)
+
+    @field_validator("goals")
+    @classmethod
+    def _conditions(cls, goals: list[str]) -> list[str]:
+        from optimizer.plan import parse_goal
+
+        for goal in goals:
+            parse_goal(goal)  # a `UsageError`, which is a `ValueError`
+        return goals
+
+
 def _listed(value: Any) -> Any:
     """One value stands for a list of one."""
     return [value] if isinstance(value, str | dict) else value
@@ -57,12 +76,16 @@ def _listed(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """One model and one recipe; its report and artifact go to `folder`."""
+    """One model and one recipe; its report and artifact go to `folder`.
+
+    With a `plan` the recipe is what the plan holds to, and its passes are still to be found.
+    """
 
     name: str
     model: str
     recipe: Recipe
     folder: Path
+    plan: PlanSpec | None = None
 
 
 class CiConfig(_Strict):
@@ -78,7 +101,16 @@ class CiConfig(_Strict):
     calibration: str | None = None
     title: str = Field(default="Model optimization", min_length=1, max_length=200)
     price_per_hour: float | None = Field(default=None, gt=0)
+    plan: PlanSpec | None = None
     sinks: list[SinkSpec] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _plan_of_auto(self) -> CiConfig:
+        if self.plan is not None and AUTO not in self.recipes:
+            raise ValueError(
+                f"`plan` is how the recipe `{AUTO}` is made, which is not among the recipes. Add it there."
+            )
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> CiConfig:
@@ -119,12 +151,23 @@ class CiConfig(_Strict):
 
     def jobs(self) -> list[Job]:
         """Every model with every recipe, under names that can be folders. Raises `RecipeError`."""
-        recipes = [Recipe.load(r) if isinstance(r, str) else Recipe.from_dict(r) for r in self.recipes]
-        pairs = [(model, recipe) for model in self.models for recipe in recipes]
-        names = _unique(f"{_slug(_short(model))}-{_slug(recipe.name)}" for model, recipe in pairs)
+        recipes = [self._recipe(item) for item in self.recipes]
+        pairs = [(model, *recipe) for model in self.models for recipe in recipes]
+        names = _unique(f"{_slug(_short(model))}-{_slug(recipe.name)}" for model, recipe, _ in pairs)
         return [
-            Job(name, model, recipe, Path(self.out) / name) for name, (model, recipe) in zip(names, pairs, strict=True)
+            Job(name, model, recipe, Path(self.out) / name, plan)
+            for name, (model, recipe, plan) in zip(names, pairs, strict=True)
         ]
+
+    def _recipe(self, item: str | dict[str, Any]) -> tuple[Recipe, PlanSpec | None]:
+        """One of `recipes`, and how its passes are found if it does not say."""
+        if item != AUTO:
+            return Recipe.load(item) if isinstance(item, str) else Recipe.from_dict(item), None
+        from optimizer.plan import parse_goal
+        from optimizer.plan_command import base_recipe
+
+        plan = self.plan or PlanSpec()
+        return base_recipe(goals=[parse_goal(goal) for goal in plan.goals], quality=plan.quality), plan
 
 
 def _exists(folder: Path, name: str) -> bool:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from torch import nn
 from optimizer.artifact import installed_versions
 from optimizer.backends.compiled import bucket
 from optimizer.backends.linear import QuantizedLinear, linear_layers
+from optimizer.backends.runner import BaseRunner
 from optimizer.candidates import CACHES, WEIGHTS, CacheOption, Candidate, WeightOption
 from optimizer.checkpoint import check_layout, find_layout
 from optimizer.evals.architecture import from_module
@@ -90,13 +91,17 @@ class Records:
 
 @dataclass
 class ModelBench:
-    """A `plan.Bench` of a loaded model. `recipe` gives workload, evaluation, layout, calibration, floors and seed."""
+    """A `plan.Bench` of a loaded model. `recipe` gives workload, evaluation, layout, calibration, floors and seed.
+
+    `measure` finds the baseline of the original, for example one that an earlier run kept.
+    """
 
     source: Source
     recipe: Recipe
     calibration: Calibration | None
     progress: Progress
     records: Records
+    measure: Callable[[BaseRunner], Baseline] | None = None
     best: tuple[Candidate, Outcome] | None = None
     _latest: Outcome | None = None
     _baseline: Baseline | None = None
@@ -138,10 +143,8 @@ class ModelBench:
     def baseline(self) -> Baseline:
         """Quality of the original and the ceilings of the machine, measured once."""
         if self._baseline is None:
-            found = self.records.once(
-                "baseline", lambda: _stored(measure_baseline(self.original, self.recipe, self.progress))
-            )
-            self._baseline = _baseline(found)
+            measure = self.measure or partial(measure_baseline, recipe=self.recipe, progress=self.progress)
+            self._baseline = _baseline(self.records.once("baseline", lambda: _stored(measure(self.original))))
         return self._baseline
 
     def start(self) -> Start:

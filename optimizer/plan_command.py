@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from optimizer.backends.runner import BaseRunner
 from optimizer.calibration import load_calibration
 from optimizer.candidates import candidates
 from optimizer.errors import OptimizerError, OutputError, UsageError
 from optimizer.evals.gate import Floor
 from optimizer.passes.calibration import Calibration
-from optimizer.pipeline import Outcome, choose_device, replace_model
+from optimizer.pipeline import Baseline, Outcome, choose_device, replace_model
 from optimizer.plan import Plan, Search, objective_of, with_quality
 from optimizer.plan_bench import ModelBench, Records
 from optimizer.plan_entry import PlanEntry, PlanStepEntry, plan_entry
@@ -93,15 +94,17 @@ def base_recipe(
 def plan_model(
     source: Source, base: Recipe, *, goals: Sequence[Floor] = (), calibration: Calibration | None = None,
     minutes: float = MINUTES, folder: Path | None = None, progress: Progress | None = None,
+    baseline: Callable[[BaseRunner], Baseline] | None = None,
 ) -> Planned:  # fmt: skip
     """Search for the fastest candidate that holds the floors of `base`; `goals` say which phase is made faster.
 
-    With a `folder` what was measured is kept there, and a search that was killed goes on.
+    With a `folder` what was measured is kept there, and a search that was killed goes on. `baseline` gives the quality
+    of the original and the ceilings of the machine; without it they are measured.
     """
     if base.serving is not None:
         raise UsageError("a plan is made for one workload; take `serving` out of the recipe.")
     progress = progress or Progress()
-    bench = ModelBench(source, base, calibration, progress, Records())
+    bench = ModelBench(source, base, calibration, progress, Records(), baseline)
     with bench.resumable(folder) if folder is not None else nullcontext():
         search = Search(
             bench, candidates(), floors_of(base), objective_of(goals, base.workload.output), base.workload.output,

@@ -16,9 +16,10 @@ from click.testing import Result as Ran
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from optimizer import ci
+from optimizer import api, baseline_cache, ci, linear_times, pipeline, plan_command
 from optimizer.api import Result, optimize
 from optimizer.artifact import read_manifest
+from optimizer.candidates import WEIGHTS, Candidate
 from optimizer.ci import run_ci
 from optimizer.ci_comment import marker
 from optimizer.ci_config import CiConfig
@@ -240,6 +241,44 @@ def test_calibration_goes_to_the_recipes_that_calibrate_alone(
     monkeypatch.setattr(ci, "optimize", note)
     invoke(write(tmp_path, work, recipes=["default", "w4a16-gptq"], calibration="c.txt"))
     assert seen == {"default": None, "w4a16-gptq": tmp_path / "c.txt"}
+
+
+def test_auto_plans_on_the_kept_baseline_and_says_what_it_chose(
+    matrix: tuple[Ran, Path], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal = "quality.reference_perplexity.byte_perplexity.ratio<=1.05"
+    base = Recipe.from_dict(recipes()["easy"]).updated({"name": "auto", "repair": False})
+    asked = []
+
+    def held_to(*, goals: Any, quality: Any) -> Recipe:
+        asked.append(([floor.metric for floor in goals], quality))
+        return base
+
+    monkeypatch.setattr(plan_command, "base_recipe", held_to)
+    monkeypatch.setattr(api, "base_recipe", held_to)
+    monkeypatch.setattr(plan_command, "candidates", lambda: [Candidate(o) for o in WEIGHTS if o.name == "int8"])
+    monkeypatch.setattr(  # a tiny layer is not faster quantized, and would be left as it is
+        linear_times,
+        "time_variants",
+        lambda of, **_: {v: dict.fromkeys(of[v], 2e-4 if v == "plain" else 1e-4) for v in of},
+    )
+    monkeypatch.setattr(pipeline, "measure_baseline", lambda *_: pytest.fail("the baseline was measured again"))
+    monkeypatch.setattr(baseline_cache, "measure_baseline", pipeline.measure_baseline)
+    shutil.copytree(matrix[1].parent / ".optimizer", tmp_path / ".optimizer")  # kept by jobs of other recipes
+    ran = invoke(write(tmp_path, work, recipes="auto", plan={"minutes": 5, "goals": [goal]}), "--json")
+    assert ran.exit_code == 0, ran.stdout
+    assert asked == [([goal.split("<")[0]], None)] * 2  # by the file before any work, and by the job
+    (job,) = json.loads(ran.stdout)["jobs"]
+    assert (job["job"], job["verdict"]) == ("model-auto", "passed")
+    report = Report.from_json((tmp_path / "out/model-auto/report.json").read_bytes())
+    assert report.plan is not None
+    (best,) = [step for step in report.plan.steps if step.chosen]
+    assert best.candidate == "int8"
+    assert any("were kept from" in warning for warning in report.warnings)
+    text = (tmp_path / "out/comment.md").read_text(encoding="utf-8")
+    assert f"Planned for a request of 4 tokens: `{best.candidate}`" in text
+    saved = Recipe.from_yaml(tmp_path / "out/model-auto/artifact/recipe.yaml")
+    assert [step["name"] for step in saved.passes] == ["quantize", "merge_linears", "decode"]
 
 
 def test_a_sink_that_fails_is_a_note_and_changes_no_verdict(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from optimizer.ci_config import CiConfig, ConfigError
+from optimizer.ci_config import CiConfig, ConfigError, PlanSpec
 from optimizer.errors import RecipeError
 from tests.optimizer.small_jobs import recipe
 
@@ -30,6 +30,13 @@ def read(folder: Path, text: str | dict[str, Any]) -> CiConfig:
         ("models: []", "models"),
         ("models: ''", "models.0"),
         ("models: 5", "models"),
+        ("models: x\nplan: {minutes: 5}", "which is not among the recipes"),
+        ("models: x\nrecipes: auto\nplan: {minutes: 0}", "plan.minutes"),
+        ("models: x\nrecipes: auto\nplan: {minutes: .nan}", "plan.minutes"),
+        ("models: x\nrecipes: auto\nplan: {quality: 1.5}", "plan.quality"),
+        ("models: x\nrecipes: auto\nplan: {goals: [fast]}", "is no condition"),
+        ("models: x\nrecipes: auto\nplan: {goals: [decode.speed>=2]}", "Did you mean 'decode.speedup'"),
+        ("models: x\nrecipes: auto\nplan: {goal: []}", "unknown key 'plan.goal'. Did you mean 'goals'?"),
         ("models: x\nprice_per_hour: 0", "price_per_hour"),
         ("models: x\nprice_per_hour: .inf", "price_per_hour"),
         ("models: x\nprice_per_hour: '2'", "price_per_hour"),
@@ -88,6 +95,21 @@ def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     (job,) = config.jobs()
     assert job.folder.resolve().parent == tmp_path.resolve()
     assert set(job.name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def test_auto_is_a_job_with_a_plan_that_holds_to_its_goals(tmp_path: Path) -> None:
+    given = {"minutes": 3, "goals": ["decode.speedup>=2.5"], "quality": 0.9}
+    config = read(tmp_path, {"models": "x", "recipes": ["default", "auto"], "plan": given})
+    fixed, planned = config.jobs()
+    assert (fixed.name, fixed.plan) == ("x-default", None)
+    assert planned.name == "x-auto"
+    assert planned.plan is not None
+    assert planned.plan.model_dump() == given
+    floors = {floor.metric: floor for floor in planned.recipe.floors}
+    assert floors["decode.speedup"].at_least == 2.5
+    assert floors["quality.reference_perplexity.byte_perplexity.ratio"].at_most == pytest.approx(1 / 0.9)
+    (alone,) = read(tmp_path, "models: x\nrecipes: auto").jobs()
+    assert alone.plan == PlanSpec(minutes=10)
 
 
 def test_a_recipe_that_does_not_exist_is_a_recipe_error(tmp_path: Path) -> None:

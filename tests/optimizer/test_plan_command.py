@@ -223,7 +223,7 @@ def test_served_products_cover_every_layer_once(source: Source) -> None:
 def test_the_plan_of_the_recipe_auto_is_part_of_the_report_and_its_recipe_reproduces_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimizer.api.base_recipe", small)
+    monkeypatch.setattr("optimizer.api.base_recipe", lambda **_: small())
     ran = CliRunner().invoke(
         app, ["run", str(folder), "--recipe", "auto", "--minutes", "5", "--out", str(tmp_path), "--quiet"]
     )
@@ -248,16 +248,17 @@ def test_the_plan_of_the_recipe_auto_is_part_of_the_report_and_its_recipe_reprod
 
 
 def test_inplace_makes_the_model_the_planned_one(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimizer.api.base_recipe", small)
+    monkeypatch.setattr("optimizer.api.base_recipe", lambda **_: small())
     model = llama(dtype=torch.float32, seed=3)
     result = optimize(model, "auto", tokenizer=source.tokenizer, inplace=True)
     planned_layers = [type(m).__name__ for m in result.model.model.modules()]
     assert [type(m).__name__ for m in model.modules()] == planned_layers
 
 
-def test_minutes_belong_to_a_plan(folder: Path) -> None:
+@pytest.mark.parametrize("given", [{"minutes": 3}, {"quality": 0.9}, {"goals": ["decode.speedup>=2"]}])
+def test_minutes_goals_and_quality_belong_to_a_plan(given: Any, folder: Path) -> None:
     with pytest.raises(UsageError, match="Use recipe auto"):
-        optimize(folder, "default", minutes=3)
+        optimize(folder, "default", **given)
 
 
 def test_a_plan_without_time_says_so(source: Source) -> None:
