@@ -29,6 +29,10 @@ def run(
     ] = "default",
     out: Annotated[Path | None, typer.Option(help="Folder for the artifact; its report lies beside it.")] = None,
     minutes: Annotated[float | None, typer.Option(help="With --recipe auto: the time it has (10).")] = None,
+    goal: Annotated[
+        list[str] | None, typer.Option(help="With --recipe auto: decode.speedup>=3, say; may be repeated.")
+    ] = None,
+    quality: Annotated[float | None, typer.Option(help="With --recipe auto: share of quality to keep.")] = None,
     calibration: Calibration = None,
     device: Device = "auto",
     ungated: Annotated[
@@ -60,7 +64,7 @@ def run(
             result = optimize(
                 model, recipe, calibration=calibration, device=device, progress=progress,
                 trust_remote_code=trust_remote_code, out=None if out is None else out / "artifact", minutes=minutes,
-                repair=repair, repair_minutes=repair_minutes,
+                goals=goal or (), quality=quality, repair=repair, repair_minutes=repair_minutes,
             )  # fmt: skip
             if out is not None and ungated and not result.passed:
                 result.save(out / "artifact", ungated=True)
@@ -180,6 +184,7 @@ def quantize(
     with errors_to_exit(as_json):
         from dataclasses import asdict
 
+        from optimizer.report_units import BYTES
         from optimizer.streaming import quantize_checkpoint
 
         progress = progress_for(quiet)
@@ -199,8 +204,8 @@ def quantize(
             )
             return
         typer.echo(
-            f"quantized {report.matched} of {report.expected} layers, {report.bytes_before / 1e9:.2f} to "
-            f"{report.bytes_after / 1e9:.2f} GB, in {done.seconds:.0f} s"
+            f"quantized {report.matched} of {report.expected} layers, "
+            f"{' to '.join(BYTES.pair(report.bytes_before, report.bytes_after))}, in {done.seconds:.0f} s"
             + (f" (went on at part {done.resumed_at})" if done.resumed_at else "")
         )
         for skip in report.skipped:
