@@ -26,6 +26,7 @@ class CompiledRunner(StepRunner):
         self, model: nn.Module, tokenizer: Any = None, *, max_context: int | None = None, compile: bool = True
     ) -> None:
         super().__init__(model, tokenizer, max_context=max_context, compile=compile)
+        self.writes_by_op = self.device.type == "cuda"
         self._steps: dict[tuple[int, int], _CompiledStep] = {}
         self._step: _CompiledStep | None = None
         self._prompt: tuple[Any, Tensor] | None = None
@@ -126,7 +127,7 @@ def _step_forward(model: Any, state: StaticKeyValueCache, tokens: Tensor) -> Ten
         past_key_values=state.cache,
         use_cache=True,
     )
-    state.position.add_(1)
+    state.advance()
     return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
 

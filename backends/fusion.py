@@ -34,13 +34,11 @@ Guard = Callable[[Mapping[str, Any]], str]
 class Anchor:
     """One kind of place that fusions are for, known by a node that every spelling of it has.
 
-    `found` tells that node. One that is still in the graph when all fusions have run is a miss, for the reason that
-    `known` finds on it, or else where the nearest pattern stopped.
+    `found` tells that node. One that is still in the graph when all fusions have run is a miss.
     """
 
     name: str
     found: Callable[[Node], bool]
-    known: Callable[[Node], str] = lambda _: ""
 
 
 @dataclass(frozen=True)

@@ -359,7 +359,7 @@ def _misses(graph: Graph, fusions: Sequence[Fusion], run: _Run) -> Iterator[Miss
             if node in run.refused:
                 run.sites.append(run.refused[node])
             else:
-                yield Miss(anchor.name, where(node), node.name, anchor.known(node) or _nearest(node, patterns))
+                yield Miss(anchor.name, where(node), node.name, _nearest(node, patterns))
 
 
 def _nearest(anchor: Node, patterns: Sequence[PatternExpr]) -> str:

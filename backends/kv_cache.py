@@ -3,7 +3,8 @@
 Storage is transformers' `StaticCache`, which the models' own forward writes to. A prompt is run against a dynamic
 cache first, at its own length, and copied in: attention over the whole static buffer would cost the full capacity.
 Sliding-window layers keep every token here and leave the window to the attention mask: transformers' own rolling
-layer counts in Python integers, which a compiled step would freeze at their first value.
+layer counts in Python integers, which a compiled step would freeze at their first value. How a layer writes is in
+`static_layer`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ class StaticKeyValueCache:
     """Keys and values of `batch` rows and up to `capacity` tokens, with the mask and positions that go with them.
 
     `mask [B, capacity]` is 0 for padding and 1 elsewhere, future slots included: causality hides those.
-    `position [B, 1]` is the position of the next token. Both change in place.
+    `position [B, 1]` is the position of the next token, padding not counted, and `length` the tokens that are held,
+    padding counted. All change in place.
     """
 
     def __init__(self, config: Any, batch: int, capacity: int, device: torch.device) -> None:
         from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer
+        from transformers.cache_utils import StaticLayer as TransformersLayer
+
+        from optimizer.backends.static_layer import StaticLayer
 
         self.batch, self.capacity = batch, capacity
+        self.length = torch.zeros((), dtype=torch.long, device=device)
         self.cache = StaticCache(config=config, max_cache_len=capacity)
-        self.cache.layers = [StaticLayer(capacity) if layer.is_sliding else layer for layer in self.cache.layers]
+        self.cache.layers = [
+            StaticLayer(capacity, self.length) if isinstance(layer, TransformersLayer) else layer
+            for layer in self.cache.layers
+        ]
         self.mask = torch.ones(batch, capacity, dtype=torch.long, device=device)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        for static in (self.mask, self.position):
+        for static in (self.mask, self.position, self.length):
             torch._dynamo.mark_static_address(static)
 
     def load(self, prompt: Any, mask: Tensor) -> None:
@@ -61,6 +69,12 @@ class StaticKeyValueCache:
                 layer.lazy_initialization(keys, values)
             layer.reset()
             layer.update(keys, values)
+        self.length.fill_(keys_values[0][0].shape[2])
+
+    def advance(self) -> None:
+        """One token more in every row."""
+        self.position.add_(1)
+        self.length.add_(1)
 
     @property
     def bytes(self) -> int:

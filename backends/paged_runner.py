@@ -60,6 +60,7 @@ class PagedRunner(StepRunner):
         )  # fmt: skip
         self.context_buckets = self.device.type == "cuda"
         """Whether steps are made for contexts of 256, 512, ... tokens: a GPU's kernels divide what a table may hold."""
+        self.writes_by_op = not self.layout.recent
         self.graphs = self.device.type == "cuda" and compile
         """Whether steps are captured as CUDA graphs."""
         self._steps: dict[tuple[int, int, int, bool], Step] = {}

@@ -253,6 +253,8 @@ class StepRunner(BaseRunner):
         super().__init__(model, tokenizer, max_context=max_context)
         self.compile = compile
         self.backend: str | Callable[..., Any] = "inductor"
+        self.writes_by_op = False
+        """Whether one `kv_write` a layer is all that puts a step's keys and values into the cache."""
 
     @abstractmethod
     def warm_up(self, batch: int = 1, context: int = 1) -> None:

@@ -59,8 +59,8 @@ class Fuse:
             return PassReport(self.name, 0, notes=(f"left to Inductor: no op has a kernel of its own on {device}",))
         with stopwatch() as seconds:
             make = ctx.make_runner
-            found = self._trace(model, ctx, make)
-            counts, note = expected(model)
+            found, writes = self._trace(model, ctx, make)
+            counts, note = expected(model, writes)
             self._judge(model, found, counts)
             if found.applied():
                 ctx.make_runner = partial(_fused_runner, make=make, devices=tuple(self.devices))
@@ -70,8 +70,13 @@ class Fuse:
         total = sum(counts.values()) if counts and not note else None
         return PassReport(self.name, matched.total(), total, skipped, notes=tuple(notes), seconds=seconds())
 
-    def _trace(self, model: nn.Module, ctx: Context, make: Callable[[nn.Module, Any], BaseRunner]) -> GraphRecord:
-        """What the fusions do to one decode step, from tracing it without generating code."""
+    def _trace(
+        self, model: nn.Module, ctx: Context, make: Callable[[nn.Module, Any], BaseRunner]
+    ) -> tuple[GraphRecord, bool]:
+        """What the fusions do to one decode step, from tracing it without generating code.
+
+        And whether `rope` is in it, applied, with `kv_write` after it.
+        """
         from optimizer.backends.inductor import FusedCompiler
 
         runner = make(model, ctx.tokenizer)
@@ -84,7 +89,7 @@ class Fuse:
         runner.backend = compiler
         runner.warm_up(ctx.batch)
         (record,) = compiler.fusion.ledger.graphs
-        return record
+        return record, runner.writes_by_op and record.applied()["rope"] > 0
 
     def _judge(self, model: Any, found: GraphRecord, counts: Mapping[str, int]) -> None:
         """`PassError` where the matches are not those that the model must give."""

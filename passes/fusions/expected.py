@@ -36,7 +36,8 @@ class Architecture:
 
 
 SILU = {"hidden_act": "silu"}
-RMS = {"add_rms_norm": Sites(2), "rms_norm": Sites(0, 1), "rope": Sites(1)}
+ROPE = {"rope": Sites(1), "rope_kv_write": Sites(1)}
+RMS = {"add_rms_norm": Sites(2), "rms_norm": Sites(0, 1)} | ROPE
 HEAD_NORMS = {"rms_norm": Sites(2, 1)}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -67,23 +68,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # Attention and feed-forward layer are parallel: one norm a layer, and no bias.
     "falcon": Architecture(
-        {"add_layer_norm": Sites(1), "layer_norm": Sites(0, 1), "rope": Sites(1)},
+        {"add_layer_norm": Sites(1), "layer_norm": Sites(0, 1)} | ROPE,
         {"parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False, "activation": "gelu"},
     ),
     # Two norms of one sum a layer: the first takes the addition, the other has its result.
     "gpt_neox": Architecture(
-        {
-            "add_layer_norm": Sites(1),
-            "layer_norm": Sites(1, 1),
-            "bias_gelu": Sites(1, dense=True),
-            "rope": Sites(1),
-        },
+        {"add_layer_norm": Sites(1), "layer_norm": Sites(1, 1), "bias_gelu": Sites(1, dense=True)} | ROPE,
         {"use_parallel_residual": True, "hidden_act": "gelu"},
     ),
 }
 """By `config.model_type`."""
 
-DECODED = "dequantize_matmul"
+DECODED, WRITE = "dequantize_matmul", "rope_kv_write"
 NOWHERE = (DECODED, "mm_bias", "addmm_gelu")
 """Fusions without a site in any of these: for models that are quantized already, or written otherwise."""
 
@@ -91,8 +87,11 @@ COUNTED = (*dict.fromkeys(name for architecture in ARCHITECTURES.values() for na
 """Fusions that have an expected number. Those of quantized rows depend on the recipe, and are reported as found."""
 
 
-def expected(model: Any) -> tuple[dict[str, int], str]:
-    """Matches to expect by fusion, zeros included, in one decode step; and why some or all have no expected number."""
+def expected(model: Any, writes: bool = False) -> tuple[dict[str, int], str]:
+    """Matches to expect by fusion, zeros included, in one decode step; and why some or all have no expected number.
+
+    `writes`: the step has `rope` in it, and one `kv_write` of each layer's keys after it.
+    """
     config = model.config.get_text_config()
     kind = str(config.model_type)
     architecture = ARCHITECTURES.get(kind)
@@ -111,6 +110,8 @@ def expected(model: Any) -> tuple[dict[str, int], str]:
         around.append(DECODED)
         notes.append(f"{DECODED}: no count is expected where layers that are not ours hold integers")
     counts = {name: site.layer * layers + site.once for name, site in sites.items() if name not in around}
+    if not writes:
+        counts[WRITE] = 0
     return counts, "; ".join(notes)
 
 

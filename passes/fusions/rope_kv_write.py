@@ -64,7 +64,7 @@ def _pattern(norm: Callable[..., Tensor], key_first: bool) -> Callable[[Given], 
         else:
             query, key = rope(query, key, *tables)
         _, *changed = _changed(kv_write, given, k=key, v=given["v"])
-        return query, *changed
+        return query, key, *changed  # the key too, so that the guard and not the matcher says who else reads it
 
     return pattern
 
@@ -76,7 +76,8 @@ def _replacement(norm: Callable[..., Tensor]) -> Callable[[Given], tuple[Tensor,
             read |= {name: given[name].transpose(1, 2) for name in ("q", "k")}
         read |= {name: given.get(name) for name in ("q_weight", "k_weight")}
         read |= {name: given.get(name, 0.0) for name in ("eps", "offset")}
-        return _changed(rope_kv_write, given, **read)
+        query, *changed = _changed(rope_kv_write, given, **read)
+        return query, given["k"], *changed  # nobody reads the key
 
     return replacement
 
@@ -100,14 +101,7 @@ def _is_write(node: Node) -> bool:
     return isinstance(source, Node) and source.target is rope
 
 
-def _readers(write: Node) -> str:
-    """Who else reads the key that is written, and would no longer find it."""
-    key: Any = write.kwargs["k"]
-    others = [user.name for user in key.users if user is not write]
-    return f"the rotated key is also read by {', '.join(others)}" if others else ""
-
-
-ANCHOR = Anchor("write of a rotated key", _is_write, _readers)
+ANCHOR = Anchor("write of a rotated key", _is_write)
 
 
 def _guard(nodes: Given) -> str:
@@ -116,7 +110,14 @@ def _guard(nodes: Given) -> str:
     weights = [not_a_row(name, nodes[name], q) for name in ("q_weight", "k_weight") if name in nodes]
     old = [_read_before(name, nodes[name], write) for name in CHANGED if name in nodes]
     made = [_made_of(name, nodes[name], write) for name in ("v", "slots", *CHANGED) if name in nodes]
-    return first_reason([not_float(q), *weights, *old, *made])
+    return first_reason([_readers(write), not_float(q), *weights, *old, *made])
+
+
+def _readers(write: Node) -> str:
+    """A reason where the rotated key is not for the cache alone: nobody else would find it."""
+    key: Any = write.kwargs["k"]
+    others = [user.name for user in key.users if user is not write]
+    return f"the rotated key is also read by {', '.join(others)}" if others else ""
 
 
 def _read_before(name: str, cache: Node, write: Node) -> str:

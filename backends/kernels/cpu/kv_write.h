@@ -134,12 +134,14 @@ Writer* writer(at::ScalarType type, at::ScalarType cache) {
 }
 
 inline void check_write(const char* name, const at::Tensor& x, const at::Tensor& cache,
-                        const std::optional<at::Tensor>& scale, const at::Tensor& slots) {
+                        const std::optional<at::Tensor>& scale, const at::Tensor& slots, bool any_float) {
   TORCH_CHECK(x.dim() == 4 && x.size(3) > 0, name, " must be [B, H_kv, S, D] with D of 1 or more; got ", x.sizes());
   TORCH_CHECK(cache.dim() == 4 && cache.size(1) == x.size(1) && cache.size(3) == x.size(3), name,
               "_cache must be [blocks, ", x.size(1), ", block_size, ", x.size(3), "]; got ", cache.sizes());
   const bool bytes = cache.scalar_type() == at::kChar || cache.scalar_type() == at::kFloat8_e4m3fn;
-  TORCH_CHECK(bytes || cache.scalar_type() == x.scalar_type(), name, "_cache must be ", x.scalar_type(),
+  const bool floats = any_float && (cache.scalar_type() == at::kFloat || cache.scalar_type() == at::kBFloat16 ||
+                                    cache.scalar_type() == at::kHalf);
+  TORCH_CHECK(bytes || floats || cache.scalar_type() == x.scalar_type(), name, "_cache must be ", x.scalar_type(),
               ", int8 or float8_e4m3fn; got ", cache.scalar_type());
   TORCH_CHECK(cache.stride(3) == 1, name, "_cache must have its last dimension contiguous; got ", cache.strides());
   TORCH_CHECK(scale.has_value() == bytes, name, "_scale goes with an 8-bit cache and no other; the cache is ",
@@ -150,6 +152,18 @@ inline void check_write(const char* name, const at::Tensor& x, const at::Tensor&
   TORCH_CHECK(slots.scalar_type() == at::kLong && slots.dim() == 2 && slots.size(0) == x.size(0) &&
                   slots.size(1) == x.size(2),
               "slots must be int64 [", x.size(0), ", ", x.size(2), "]; got ", slots.scalar_type(), " ", slots.sizes());
+}
+
+// Keys and values to write and what they go to; the caches are of the type of k, of 8 bits, or of any float where said.
+inline void check_written(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache,
+                          const at::Tensor& v_cache, const std::optional<at::Tensor>& k_scale,
+                          const std::optional<at::Tensor>& v_scale, const at::Tensor& slots, bool any_float) {
+  TORCH_CHECK(k.sizes() == v.sizes() && k.scalar_type() == v.scalar_type(), "v must be as k; got ", v.scalar_type(),
+              " ", v.sizes());
+  check_write("k", k, k_cache, k_scale, slots, any_float);
+  check_write("v", v, v_cache, v_scale, slots, any_float);
+  TORCH_CHECK(k_cache.sizes() == v_cache.sizes() && k_cache.scalar_type() == v_cache.scalar_type(),
+              "v_cache must be as k_cache; got ", v_cache.scalar_type(), " ", v_cache.sizes());
 }
 
 // Write token s of row b of `x` to one slot, each head to its place.
@@ -169,12 +183,7 @@ inline void write_token(Writer* write, const at::Tensor& x, const at::Tensor& ca
 void kv_write(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache, const at::Tensor& v_cache,
               const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale,
               const at::Tensor& slots) {
-  TORCH_CHECK(k.sizes() == v.sizes() && k.scalar_type() == v.scalar_type(), "v must be as k; got ", v.scalar_type(),
-              " ", v.sizes());
-  check_write("k", k, k_cache, k_scale, slots);
-  check_write("v", v, v_cache, v_scale, slots);
-  TORCH_CHECK(k_cache.sizes() == v_cache.sizes() && k_cache.scalar_type() == v_cache.scalar_type(),
-              "v_cache must be as k_cache; got ", v_cache.scalar_type(), " ", v_cache.sizes());
+  check_written(k, v, k_cache, v_cache, k_scale, v_scale, slots, false);
   const auto inner = [](const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); };
   const at::Tensor kc = inner(k), vc = inner(v);
   Writer* const write = writer(k.scalar_type(), k_cache.scalar_type());

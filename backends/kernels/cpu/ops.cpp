@@ -5,3 +5,4 @@
 #include "kv_write.h"
 #include "linear.h"
 #include "paged_attention.h"
+#include "rope_kv_write.h"

@@ -10,14 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from optimizer.backends.kernels.build import cpu_kernels
 from optimizer.backends.kernels.paged_attention import paged_attention
-from optimizer.backends.kernels.rope import rope_ref
 from optimizer.backends.kernels.rope_kv_write import _rope_kv_write_cuda, rope_kv_write, rope_kv_write_ref
 from optimizer.errors import UsageError
 from optimizer.quant.kv import quantize_kv
 
 pytest.importorskip("triton")
-BOTH = pytest.mark.parametrize("op", [rope_kv_write_ref, _rope_kv_write_cuda], ids=["reference", "kernel"])
+
+
+def compiled(*args: Any) -> Tensor:
+    """The op on a CPU, in C++."""
+    if not cpu_kernels().loaded:
+        pytest.skip(f"no compiled kernels: {cpu_kernels().reason}")
+    return rope_kv_write(*args)  # type: ignore[no-any-return]
+
+
+ALL = pytest.mark.parametrize(
+    "op", [rope_kv_write_ref, _rope_kv_write_cuda, compiled], ids=["reference", "kernel", "compiled"]
+)
 KINDS = pytest.mark.parametrize("kind", ["", "int8", "fp8"])
 EPS = 1e-6
 TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -140,32 +151,38 @@ def check(one: Case, got: Tensor, kind: str) -> None:
     ],
     ids=["partial", "partial, norms", "one token", "ragged"],
 )
-@BOTH
+@ALL
 def test_equals_float64(op: Any, shape: dict[str, Any], kind: str) -> None:
     one = case(**shape, kind=kind)
     check(one, op(*one.args), kind)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-@BOTH
-def test_keys_are_rounded_as_quantize_kv_rounds_them(op: Any, kind: str) -> None:
-    one = case(kind=kind)
-    one.v[0, 0, 0] *= 1e-43  # scales that are subnormal, or vanish
-    one.v[0, 1, 0] = 0
-    one.v[0, 0, 1] *= 1e37
-    op(*one.args)
-    _, rotated = rope_ref(one.q, one.k, one.cos, one.sin)
-    for x, cache, scale in ((rotated, one.k_cache, one.k_scale), (one.v, one.v_cache, one.v_scale)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@ALL
+def test_eight_bits_are_those_of_quantize_kv(op: Any, dtype: torch.dtype, kind: str) -> None:
+    """Of what the op computes, which a float32 cache shows: no other rounding comes between."""
+    one, wide = case(kind=kind, dtype=dtype, norm=True), case(dtype=dtype, norm=True)
+    for each in (one, wide):
+        each.v[0, 0, 0] *= 1e-43 if dtype == torch.float32 else 1e-7  # scales that are subnormal, or vanish
+        each.v[0, 1, 0] = 0
+        each.v[0, 0, 1] *= 1e37 if dtype == torch.float32 else 1e3
+    wide.k_cache, wide.v_cache = wide.k_cache.float(), wide.v_cache.float()
+    assert torch.equal(op(*one.args), op(*wide.args))
+    for x, cache, scale in (
+        (wide.k_cache, one.k_cache, one.k_scale),
+        (wide.v_cache, one.v_cache, one.v_scale),
+    ):
         q, wanted_scale = quantize_kv(x, kind)  # type: ignore[arg-type]
         assert scale is not None
-        for token, slot in enumerate(one.slots.flatten().tolist()):
-            b, s = divmod(token, 3)
-            assert torch.equal(cache[slot // 4, :, slot % 4].float(), q[b, :, s].float())
-            assert torch.equal(scale[slot // 4, :, slot % 4], wanted_scale[b, :, s, 0])
+        for slot in one.slots.flatten().tolist():
+            at = slot // 4, slice(None), slot % 4
+            assert torch.equal(cache.view(torch.uint8)[at], q.view(torch.uint8)[at])
+            assert torch.equal(scale[at], wanted_scale[*at, 0])
 
 
 @KINDS
-@BOTH
+@ALL
 def test_only_the_slots_given_are_written(op: Any, kind: str) -> None:
     one = case(kind=kind)
     slots = one.slots.clone()
@@ -187,7 +204,7 @@ def test_only_the_slots_given_are_written(op: Any, kind: str) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which interprets the kernel, reports inf / inf
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @KINDS
-@BOTH
+@ALL
 def test_what_is_not_finite_spoils_its_own_head(op: Any, kind: str, value: float) -> None:
     clean, one = case(kind=kind, norm=True), case(kind=kind, norm=True)
     for x in (one.q, one.k, one.v):
@@ -206,7 +223,7 @@ def test_what_is_not_finite_spoils_its_own_head(op: Any, kind: str, value: float
         assert new[hit[:, :2]].isnan().all() if kind else not new[hit[:, :2]].isfinite().all()
 
 
-@BOTH
+@ALL
 def test_strides_and_one_table_for_all(op: Any) -> None:
     one, other = case(kind="int8"), case(kind="int8")
     one.cos, one.sin = one.cos[:1], one.sin[:1]
@@ -220,12 +237,13 @@ def test_strides_and_one_table_for_all(op: Any) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-def test_a_contiguous_cache_read_by_attention() -> None:
+@ALL
+def test_a_contiguous_cache_read_by_attention(op: Any) -> None:
     one = case(heads=(6, 2), tokens=1, norm=True)
     one.k_cache, one.v_cache = torch.randn(2, 2, 9, 24), torch.randn(2, 2, 9, 24)
     position = torch.tensor([4, 8])
     one.slots = (torch.arange(2) * 9 + position)[:, None]
-    q = _rope_kv_write_cuda(*one.args)
+    q = op(*one.args)
     check(one, q, "")
     table, lengths = torch.arange(2, dtype=torch.int32)[:, None], (position + 1).int()
     # With a window of one, attention returns the value of the new token.
@@ -233,25 +251,42 @@ def test_a_contiguous_cache_read_by_attention() -> None:
     assert torch.equal(got, one.v[:, :, 0].repeat_interleave(3, 1))
 
 
-def test_offsets_beyond_32_bits() -> None:
+def test_the_number_of_threads_changes_nothing() -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            one = case(heads=(4, 2), head=64, rotary=64, tokens=300, norm=True, kind="fp8", dtype=torch.bfloat16)
+            torch.set_num_threads(threads)
+            found.append((compiled(*one.args), one))
+    finally:
+        torch.set_num_threads(before)
+    (alone, one), (shared, other) = found
+    assert torch.equal(alone, shared)
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        assert torch.equal(getattr(one, name).view(torch.uint8), getattr(other, name).view(torch.uint8))
+    check(one, alone, "fp8")
+
+
+@pytest.mark.parametrize("op", [_rope_kv_write_cuda, compiled], ids=["kernel", "compiled"])
+def test_offsets_beyond_32_bits(op: Any) -> None:
     far = 2**31
     one = case(heads=(1, 1), batch=1, tokens=2, kind="int8")
     memory = torch.empty(far + 256, dtype=torch.int8)  # pages that nothing touches take no memory
     one.k_cache = memory.as_strided((2, 1, 4, 24), (far, 96, 24, 1))
     one.v_cache, one.k_scale, one.v_scale = torch.zeros(2, 1, 4, 24, dtype=torch.int8), *torch.zeros(2, 2, 1, 4)
     one.slots = torch.tensor([[7, 0]])
-    check(one, _rope_kv_write_cuda(*one.args), "int8")
+    check(one, op(*one.args), "int8")
 
 
 @pytest.mark.parametrize("shape", [{"batch": 0}, {"tokens": 0}], ids=str)
-@BOTH
+@ALL
 def test_nothing_to_write(op: Any, shape: dict[str, int]) -> None:
     one = case(**shape, kind="int8")
     assert op(*one.args).shape == one.q.shape
     assert bool((one.k_cache == 7).all())
 
 
-@BOTH
+@ALL
 def test_a_cache_without_slots(op: Any) -> None:
     one = case()
     wanted = op(*one.args)
@@ -264,44 +299,50 @@ def test_a_cache_without_slots(op: Any) -> None:
     [
         ({"v": torch.zeros(2, 2, 3, 8)}, "v must be as k"),
         ({"q_weight": torch.zeros(8)}, "q_weight must be a float \\[24\\]"),
-        ({"v_cache": torch.zeros(4, 2, 5, 24)}, "v_cache must be \\[blocks, 2, block_size, 24\\]"),
-        ({"v_cache": torch.zeros(4, 2, 4, 24).half()}, "of one type"),
+        ({"v_cache": torch.zeros(4, 2, 5, 24)}, "v_cache must be (\\[blocks, 2, block_size, 24\\]|as k_cache)"),
+        ({"v_cache": torch.zeros(4, 2, 4, 24).half()}, "of one type|as k_cache"),
+        ({"k": torch.zeros(2, 2, 3, 24).half()}, "q and k of one float type"),
+        ({"cos": torch.zeros(2, 3, 7), "sin": torch.zeros(2, 3, 7)}, "even R"),
+        ({"cos": torch.zeros(3, 3, 8), "sin": torch.zeros(3, 3, 8)}, "\\[B or 1, S, R\\]"),
         ({"k_cache": torch.zeros(4, 2, 4, 48)[..., ::2]}, "contiguous"),
         ({"k_scale": torch.zeros(4, 2, 4)}, "k_scale goes with an 8-bit cache"),
         ({"slots": torch.zeros(2, 3, dtype=torch.int32)}, "slots must be int64"),
         ({"slots": torch.zeros(3, 2, dtype=torch.int64)}, "slots must be int64 \\[2, 3\\]"),
     ],
 )
-@BOTH
+@ALL
 def test_wrong_operands_raise(op: Any, change: dict[str, Any], message: str) -> None:
     one = case()
     for name, value in change.items():
         setattr(one, name, value)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(RuntimeError if op is compiled else UsageError, match=message):
         op(*one.args)
 
 
-@BOTH
+@ALL
 def test_wrong_scales_raise(op: Any) -> None:
     one = case(kind="int8")
+    error = RuntimeError if op is compiled else UsageError
     one.v_scale = torch.zeros(4, 2, 3)
-    with pytest.raises(UsageError, match="v_scale must be float32 \\[4, 2, 4\\]"):
+    with pytest.raises(error, match="v_scale must be float32 \\[4, 2, 4\\]"):
         op(*one.args)
     one.v_scale = None
-    with pytest.raises(UsageError, match="v_scale goes with an 8-bit cache"):
+    with pytest.raises(error, match="v_scale goes with an 8-bit cache"):
         op(*one.args)
 
 
 @pytest.mark.parametrize("kind", ["", "int8"])
 def test_opcheck(kind: str) -> None:
+    cpu_kernels()  # whichever implementation there is
     torch.library.opcheck(rope_kv_write, case(kind=kind, norm=True).args)
 
 
 @KINDS
 def test_compiles_whole_and_writes(kind: str) -> None:
+    cpu_kernels()
     one, other = case(kind=kind), case(kind=kind)
-    compiled = torch.compile(lambda *args: rope_kv_write(*args) + 1, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(*one.args), rope_kv_write(*other.args) + 1)
+    whole = torch.compile(lambda *args: rope_kv_write(*args) + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(whole(*one.args), rope_kv_write(*other.args) + 1)
     check(one, rope_kv_write(*other.args), kind)
 
 
