@@ -1,9 +1,9 @@
 """One layer of the static cache: transformers' layer, with the write and the counting of tokens done our way.
 
-On a GPU one `kv_write` puts keys and values in, which fuses with the rotation before it (`passes.fusions`): a contiguous
-cache is the case of one block a row. On a CPU they are scattered by `index_copy_`, which Inductor makes one loop of with
-whatever computed them. All layers count by one tensor, that of the cache which they belong to: a step then computes the
-new tokens' places once, and not once a layer.
+On a GPU one `kv_write` puts keys and values in, which fuses with the rotation before it: a contiguous cache is the case
+of one block a row. On a CPU `index_copy_` scatters them, of which Inductor makes one loop with what computed them. All
+layers count by one tensor, that of the cache they belong to: a step then computes where its tokens go once, not once a
+layer.
 
 Importing this imports transformers.
 """
@@ -20,7 +20,7 @@ from optimizer.backends.kernels.kv_write import kv_write
 
 
 class StaticLayer(TransformersLayer):  # type: ignore[misc, unused-ignore]
-    """Keys and values `[B, H_kv, C, D]`; the next token goes to the place that `length` says, an int64 of the cache's."""
+    """Keys and values `[B, H_kv, C, D]`. The next token goes where `length` says, an int64 that all layers share."""
 
     def __init__(self, capacity: int, length: Tensor) -> None:
         super().__init__(capacity)

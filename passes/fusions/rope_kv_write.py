@@ -1,10 +1,10 @@
-"""The rotation of query and key with the norms of their heads before it and the write to the cache after it.
+"""The rotation of query and key, with the norms of their heads before it and the write to the cache after it.
 
-These match our own ops: `kv_write` of a key that `rope` has rotated, for it alone, after `rms_norm` of each head (Gemma 3
-norms after the heads' transposition, Qwen 3 before it) or without norms. What is written is a new tensor in the graph:
-Inductor shows an op that changes its arguments as `auto_functionalized_v2` of it, called with what it reads and the
-tensors it changes (`_all_bases`), which come back changed. Attention reads those, so the order of reads and writes is
-in the graph, whichever op writes; Inductor makes it one write in place later, if nothing reads the old tensor.
+These match our own ops: `kv_write` of a key that `rope` has rotated for it alone, after `rms_norm` of each head (behind
+the heads' transposition in Gemma 3, before it in Qwen 3) or without norms. In a functional graph what is written is a
+new tensor: `auto_functionalized_v2` of the op, called with what the op reads and with the tensors that it changes
+(`_all_bases`), which come back changed. Attention reads those, so the order of reads and writes is in the graph,
+whichever op writes; Inductor later makes it one write in place, if nothing reads the old tensor.
 """
 
 from __future__ import annotations

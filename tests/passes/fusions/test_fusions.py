@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from optimizer.backends.fusion import Fusion, GraphRecord
-from optimizer.passes.fusions import FUSIONS, dequantize_matmul, epilogue, quantize
+from optimizer.passes.fusions import FUSIONS, dequantize_matmul, epilogue, quantize, rope_kv_write
 from optimizer.passes.fusions.gated import gelu_new
 
 with warnings.catch_warnings():
@@ -25,7 +25,12 @@ with warnings.catch_warnings():
     from optimizer.backends.inductor import FusionPass, as_inductor_has_it
 
 ROWS = [(f, dtype) for f in FUSIONS for dtype in f.dtypes]
-OTHERS = (*quantize.FUSIONS, *dequantize_matmul.FUSIONS, *(f for f in epilogue.FUSIONS if "tanh" in f.variant))
+OTHERS = (
+    *quantize.FUSIONS,
+    *dequantize_matmul.FUSIONS,
+    *(f for f in epilogue.FUSIONS if "tanh" in f.variant),
+    *rope_kv_write.FUSIONS,  # in test_rope_kv_write.py
+)
 PLAIN = [(f, dtype) for f, dtype in ROWS if f not in OTHERS]
 CALLED = {"mm_bias": "aten.addmm", "addmm_relu": "aten._addmm_activation", "addmm_gelu": "aten._addmm_activation"}
 """What a fusion calls, where that is not the op of its name."""
