@@ -199,6 +199,28 @@ def test_a_paged_step_rotates_and_writes_in_one_op(name: str, kind: str | None) 
     assert runner.backend.fusion.ledger.applied() == counts
 
 
+def test_a_layer_of_a_paged_step_is_nine_calls() -> None:
+    model, context = view(ARCHITECTURES["llama"]()), Context(batch=ROWS)
+    for name, options in (("merge_linears", {}), ("decode", {"cache": "paged"})):
+        build_pass(name, options).run(model, context)
+    found: list[str] = []
+
+    def inner(module: Any, _inputs: Any, **_: Any) -> Any:
+        as_inductor_has_it(module)
+        FusionPass(FUSIONS, ("cpu",))(module.graph)
+        found.extend(computing(module.graph))
+        raise _StopError
+
+    runner: Any = context.make_runner(model, None)
+    runner.backend = lambda module, inputs, **_: compile_fx(module, inputs, inner_compile=inner)
+    with pytest.raises(Exception, match="_StopError"):
+        runner.warm_up(ROWS)
+    first, second = (i for i, name in enumerate(found) if name == "paged_attention")
+    assert found[first:second] == [
+        "paged_attention", "mm", "add_rms_norm", "mm", "silu_mul", "mm", "add_rms_norm", "mm", "rope_kv_write"
+    ]  # fmt: skip
+
+
 def test_keys_that_go_to_a_ring_as_well_are_rotated_first() -> None:
     model, context = ARCHITECTURES["llama"](), Context(batch=ROWS)
     Decode(cache="paged", kv="int8", recent=16).run(copy := view(model), context)
@@ -414,6 +436,17 @@ VIEWS = {"reshape", "view", "permute", "unsqueeze", "squeeze", "expand", "slice"
 
 class _StopError(Exception):
     """Tracing is over."""
+
+
+def computing(graph: torch.fx.Graph) -> list[str]:
+    """The operators of a graph that compute, in order: no views, and not the copies that stand for writes in place."""
+    names = []
+    for node in graph.nodes:
+        target = node.args[0] if node.target is auto_functionalized_v2 else node.target
+        name = getattr(target, "__name__", "").partition(".")[0]
+        if node.op == "call_function" and name not in VIEWS and name != "copy_":
+            names.append(name)
+    return names
 
 
 def measured(graph: torch.fx.Graph) -> tuple[int, int]:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from optimizer.backends.fusion import Fusion, FusionLedger, GraphRecord
 from optimizer.backends.kernels.kv_write import kv_write
@@ -17,7 +20,7 @@ from tests.passes.fusions.test_fusions import rewritten, targets
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # Inductor's own imports use what PyTorch deprecates
-    from optimizer.backends.inductor import FusedCompiler, FusionPass
+    from optimizer.backends.inductor import FusedCompiler, FusionPass, as_inductor_has_it
 
 WRITE = "optimizer.rope_kv_write.default"
 
@@ -56,6 +59,22 @@ def test_a_row_matches_its_pattern_once_and_computes_the_same(fusion: Fusion) ->
         step = 1.0 if exact.dtype == torch.int8 else 0.0
         # Norm and rotation of values up to 4 in float32, some 20 roundings.
         assert float((actual.float() - exact.float()).abs().max()) <= step + 20 * 2.0**-24 * 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_it_is_used_where_it_has_a_launch_of_its_own(device: str) -> None:
+    fusion = rope_kv_write.FUSIONS[0]
+    with FakeTensorMode(), torch.no_grad(), enable_python_dispatcher():
+        inputs = [torch.empty_like(t, device=device) for t in fusion.inputs(torch.bfloat16)]
+        module = make_fx(lambda *tensors: fusion.pattern(*tensors, 1e-6, 0.0))(*inputs)
+    as_inductor_has_it(module)
+    run = FusionPass(FUSIONS)
+    run(module.graph)
+    (site,) = run.ledger.graphs[0].sites
+    assert site.fusion == "rope_kv_write"
+    assert site.applied == (device == "cuda")
+    assert site.left == (device == "cpu")
+    assert written(module.graph) == [WRITE if device == "cuda" else "optimizer.kv_write.default"]
 
 
 class Attention(torch.nn.Module):
