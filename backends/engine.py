@@ -31,7 +31,7 @@ from optimizer.backends.paged_step import Step
 from optimizer.backends.sampling import Sampling
 from optimizer.backends.schedule import Limits, Running, Waiting, plan
 from optimizer.backends.sequences import Sequence
-from optimizer.backends.speculation import Accepted, Speculation, accept_greedy
+from optimizer.backends.speculation import Accepted, Speculation, accept
 from optimizer.errors import UsageError
 
 
@@ -52,6 +52,8 @@ class Request:
     """Prompt tokens that were found in the cache when it was last admitted."""
     known: list[int] = field(default_factory=list, repr=False)
     """The prompt and all new tokens: one list that only grows, which a drafter indexes as it does."""
+    _findable: int | None = field(default=None, repr=False)
+    """Of its tokens, those that it may look for in the cache: all, unless it was put back and has recent ones."""
     _row: Sequence | None = field(default=None, repr=False)
     _drafter: Proposer | None = field(default=None, repr=False)
 
@@ -167,7 +169,7 @@ class Engine:
         decided = plan(waiting, running, cache.room(), self.limits, cache.layout.block_size)
         for _ in range(decided.admit):
             request = self._waiting.popleft()
-            request._row = cache.open(request.known)
+            request._row = cache.open(request.known[: request._findable])
             request.cached = request._row.cached
             self.stats.cached_prompt_tokens += request.cached
             self._running.append(request)
@@ -217,6 +219,8 @@ class Engine:
         if len(self._running) == 1 and len(request.known) + 1 > self.runner.cache.capacity:
             raise OutOfBlocks(f"one request of {len(request.known)} tokens needs more than the whole cache.")
         self.stats.preemptions += 1
+        if self.runner.options.recent:  # what is found is read in 8 bits, where the request had read its own in full
+            request._findable = request.cached + 1
         self._running.remove(request)
         self._release(request)
         self._waiting.appendleft(request)
@@ -225,7 +229,7 @@ class Engine:
         drafts = self._propose(rows)
         tokens = self._verify(rows, drafts)
         for request, draft, found in zip(rows, drafts, tokens, strict=False):
-            accepted = accept_greedy(draft, torch.tensor(found[: len(draft) + 1]))
+            accepted = accept(draft, found[: len(draft) + 1])
             if self.speculation is not None and self.speculation.policy is not None:
                 self.speculation.policy.observe(draft, accepted)
             self._advance(request, draft, accepted)

@@ -1,43 +1,28 @@
 """Speculative decoding: which drafted tokens stand, exactly, and when drafting pays.
 
 Leviathan et al. 2023, https://arxiv.org/abs/2211.17192; Chen et al. 2023, https://arxiv.org/abs/2302.01318; for trees
-Miao et al. 2024 (SpecInfer), https://arxiv.org/abs/2305.09781, and, with siblings that differ, Jeon et al. 2024,
-https://arxiv.org/abs/2402.14160. Objective: more than one token a forward, each distributed exactly as without drafts.
+Miao et al. 2024 (SpecInfer), https://arxiv.org/abs/2305.09781. Objective: more than one token a forward, each
+distributed exactly as without drafts.
 
-| symbol | shape      | meaning                                                                                   |
-|--------|------------|-------------------------------------------------------------------------------------------|
-| `p`    | [n + 1, V] | the target's distribution after the root (row 0) and after node i (row i + 1)             |
-| `q`    | [n, V]     | row i: the draft's distribution that the token x of node i was drawn from                 |
-| `r`    | [V]        | at a node, the distribution that is still owed: first its row of p                        |
+After the root and after each node the target chooses a token as it would without drafts: the largest logit, or one
+drawn with the random number that belongs to the position. From the root on, the walk goes to the child that holds the
+token chosen after a node; where none does, that token is new. So whatever the draft is, the tokens are those of plain
+decoding, drawn ones too, and a seed gives the same with drafts as without them, where the logits are the same.
 
-From the root on, the children of a node are tried in order:
+A drafted token x stands with the target's probability p(x) of it. Drafts are looked up or decoded greedily here: for
+one that was drawn from q, rejection sampling would let it stand with min(1, p(x) / q(x)).
 
-    x stands with probability min(1, r(x) / q(x));  if it falls, r ← max(r - q, 0) / Σ max(r - q, 0)
-
-The walk goes on from a child that stands; where none is left, the next token is drawn from r. For any q that x was
-drawn from, that gives a token with distribution r, so by induction one with distribution p. Siblings are drawn
-without replacement, so q is taken without the tokens of earlier ones.
-
-A draft that was looked up was not drawn: q is 1 at x. Then x stands with probability r(x), and r loses x alone: the
-same as drawing t from p once, and going on if t is a child. That is one draw a token, the draw that plain sampling
-makes, so a seed gives the same tokens with drafts as without them, where the logits are the same. This is exact for
-any draft, however it was made; knowing q only lets more of a drawn one stand.
-
-Worked example: `p = [0.6, 0.4]`, `q = [0.9, 0.1]`. Token 0 is drafted with 0.9 and stands with 2/3, token 1 always
-does. What falls, 0.3, becomes token 1, as `max(p - q, 0) = [0, 0.3]`: in all 0.6 and 0.4. 0.7 of the drafts stand, and
-without q it would be `0.9 · 0.6 + 0.1 · 0.4 = 0.58`.
+Worked example: `p = [0.6, 0.4]` and token 0 is drafted. It stands with 0.6, when the target chooses it too; else the
+target has chosen token 1. In all 0.6 and 0.4.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from optimizer.backends.drafting import ROOT, Draft, Proposer
 from optimizer.errors import UsageError
@@ -64,114 +49,22 @@ class Accepted:
         return len(self.path) + bool(draft.children[(self.path[-1] if self.path else ROOT) + 1])
 
 
-def accept_greedy(draft: Draft, argmaxes: Tensor) -> Accepted:
-    """The tokens of plain greedy decoding; `argmaxes [n + 1]` are the target's after the root and after each node.
-
-    Tokens drawn from the target do as well: with one a row this is exact sampling, as `accept_sampled` without q.
-    """
-    if argmaxes.shape != (len(draft) + 1,):
+def accept(draft: Draft, chosen: Sequence[int]) -> Accepted:
+    """What stands of a draft; `chosen` (n + 1) are the target's tokens after the root and after each node."""
+    if len(chosen) != len(draft) + 1:
         raise UsageError(
-            f"accept_greedy: argmaxes is {list(argmaxes.shape)} for a draft of {len(draft)}. Give one token for the "
-            f"root and one for each node: [{len(draft) + 1}]."
+            f"accept: {len(chosen)} chosen tokens for a draft of {len(draft)}. Give one for the root and one for each "
+            f"node: {len(draft) + 1}."
         )
-    tokens: list[int] = argmaxes.tolist()
-    return _follow(draft, lambda node: tokens[node + 1])
-
-
-def accept_sampled(
-    draft: Draft,
-    target_probs: Tensor,
-    draft_probs: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Accepted:
-    """Tokens distributed exactly as by plain sampling from `target_probs [n + 1, V]`, which `probabilities` makes.
-
-    Row i of `draft_probs [n, V]` is what node i's token was drawn from, with or without the tokens of its earlier
-    siblings, which cannot be drawn again. None is for a draft that was not drawn, from `PromptLookup` say.
-    """
-    _check(draft, target_probs, draft_probs)
-    if draft_probs is None:
-        return _follow(draft, lambda node: _draw(target_probs[node + 1], generator))
-    path: list[int] = []
-    while True:
-        node = path[-1] if path else ROOT
-        stands, owed = _try_children(draft, node, target_probs[node + 1], draft_probs, generator)
-        if stands is None:
-            return Accepted(path, _draw(owed, generator))
-        path.append(stands)
-
-
-def _follow(draft: Draft, choose: Callable[[int], int]) -> Accepted:
-    """Go from the root to the child that holds the token chosen after each node, while there is one."""
     path: list[int] = []
     node = ROOT
     while True:
-        token = choose(node)
+        token = chosen[node + 1]
         child = next((child for child in draft.children[node + 1] if draft.tokens[child] == token), None)
         if child is None:
             return Accepted(path, token)
         path.append(child)
         node = child
-
-
-def _try_children(
-    draft: Draft, node: int, target: Tensor, draft_probs: Tensor, generator: torch.Generator | None
-) -> tuple[int | None, Tensor]:
-    """The child of `node` that stands, if one does, and `r [V]`; float64, as r is a difference of near equals."""
-    owed = _normalized(target)
-    earlier: list[int] = []
-    for child in draft.children[node + 1]:
-        token, proposal = draft.tokens[child], draft_probs[child]
-        if earlier:
-            proposal = proposal.index_fill(0, torch.tensor(earlier, device=proposal.device), 0)
-        proposal = _normalized(proposal)
-        if not proposal[token] > 0:
-            raise UsageError(
-                f"accept_sampled: node {child} has the token {token}, which draft_probs gives a probability of "
-                f"{float(proposal[token])}. Pass the distributions that the tokens were drawn from."
-            )
-        uniform = torch.rand((), dtype=torch.float64, device=owed.device, generator=generator)
-        if uniform * proposal[token] < owed[token]:  # never where the target has 0
-            return child, owed
-        owed = _residual(owed, proposal)
-        earlier.append(token)
-    return None, owed
-
-
-def _residual(owed: Tensor, proposal: Tensor) -> Tensor:
-    """What is owed `[V]` after a token of this proposal `[V]` fell."""
-    left = (owed - proposal).clamp(min=0)
-    # Nothing is left only if both are equal, and then none falls but by rounding.
-    return left / left.sum() if left.any() else owed
-
-
-def _normalized(probs: Tensor) -> Tensor:
-    probs = probs.double()
-    return probs / probs.sum()
-
-
-def _draw(probs: Tensor, generator: torch.Generator | None) -> int:
-    return int(torch.multinomial(probs, 1, generator=generator))
-
-
-def _check(draft: Draft, target_probs: Tensor, draft_probs: Tensor | None) -> None:
-    n = len(draft)
-    if target_probs.dim() != 2 or len(target_probs) != n + 1:
-        raise UsageError(
-            f"accept_sampled: target_probs is {list(target_probs.shape)} for a draft of {n}. Give the root's "
-            f"distribution and one for each node: [{n + 1}, V]."
-        )
-    V = target_probs.shape[1]
-    if draft_probs is not None and draft_probs.shape != (n, V):
-        raise UsageError(
-            f"accept_sampled: draft_probs is {list(draft_probs.shape)} for a draft of {n} and a vocabulary of {V}. "
-            f"Give one distribution a node, [{n}, {V}], or None for a draft that was not drawn."
-        )
-    if max(draft.tokens, default=0) >= V:
-        raise UsageError(
-            f"accept_sampled: the draft has the token {max(draft.tokens)}, and the target a vocabulary of {V}. Draft "
-            "with the target's own tokenizer."
-        )
 
 
 def expected_tokens(acceptance: float, drafts: int) -> float:

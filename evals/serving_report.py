@@ -17,7 +17,7 @@ Requests count as independent of each other; under load they wait for the same s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -144,50 +144,6 @@ class ServingReport:
         if not self.output_tokens:
             return math.inf
         return arithmetic.cost_per_million_tokens(price_per_hour, self.tokens_per_second)
-
-
-@dataclass(frozen=True, slots=True)
-class RateSearch:
-    """The highest `rate` (requests/s) that kept the objective, None if no rate did, and all (rate, share met) tried.
-
-    `rate` is the upper end of the search where even that kept it: the engine may take more.
-    """
-
-    rate: float | None
-    tried: tuple[tuple[float, float], ...]
-
-
-def max_goodput_rate(
-    serve: Callable[[float], ServingReport], *, low: float, high: float, share: float = 0.9, tolerance: float = 0.05
-) -> RateSearch:
-    """The highest request rate in [low, high] at which at least `share` of the requests meet the objective.
-
-    `serve(rate)` replays that rate, with the same seed, on an engine that has nothing left over from before. Bisection
-    on the logarithm, until the bracket is narrower than `tolerance` of its rate; it takes the share to fall as the
-    rate rises, which holds up to noise: a rate near the edge is worth repeating with other seeds.
-
-    Raises:
-        UsageError: ends, share or tolerance that make no search.
-    """
-    if not (0 < low < high < math.inf and 0 < share <= 1 and tolerance > 0):
-        raise UsageError(
-            f"max_goodput_rate(low={low!r}, high={high!r}, share={share!r}, tolerance={tolerance!r}): it takes "
-            "0 < low < high, a share in (0, 1] and a positive tolerance"
-        )
-    tried: list[tuple[float, float]] = []
-
-    def holds(rate: float) -> bool:
-        tried.append((rate, serve(rate).met_share.value))
-        return tried[-1][1] >= share
-
-    if not holds(low):
-        return RateSearch(None, tuple(tried))
-    if holds(high):
-        return RateSearch(high, tuple(tried))
-    while high / low > 1 + tolerance:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return RateSearch(low, tuple(tried))
 
 
 def _latencies(records: Sequence[RequestRecord]) -> dict[str, list[Sequence[float]]]:

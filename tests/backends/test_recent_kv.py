@@ -168,10 +168,11 @@ def test_tokens_taken_back_are_forgotten_and_what_left_the_ring_is_read_rounded(
 
 
 def test_requests_that_come_go_and_are_put_back_get_the_tokens_they_get_alone() -> None:
-    runner = paged(llama(), share_prefixes=False, cache_tokens=160, max_batch=3)
+    # Nothing is shared at first; those that were put back would find their own tokens, in 8 bits.
+    single, runner = paged(llama(), share_prefixes=False), paged(llama(), cache_tokens=160, max_batch=3)
     every = [row[: 5 + 4 * i].tolist() for i, row in enumerate(prompts(6, 40)[0])]
     sampling = Sampling(0.9, 40, 0.95)
-    alone = [runner.generate_batch([p], max_new_tokens=40, sampling=sampling, seed=9)[0] for p in every]
+    alone = [single.generate_batch([p], max_new_tokens=40, sampling=sampling, seed=9)[0] for p in every]
     engine = Engine(runner, Limits(8, 30))
     assert engine.limits.max_batch == 3
     requests = []

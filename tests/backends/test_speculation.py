@@ -18,10 +18,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, chisquare
+from scipy.stats import chisquare
 from torch import Tensor
 
-from optimizer.backends import speculation
 from optimizer.backends.drafting import Draft, PromptLookup, Proposer
 from optimizer.backends.sampling import Sampling, probabilities, sample
 from optimizer.backends.speculation import (
@@ -29,8 +28,7 @@ from optimizer.backends.speculation import (
     SpeculationPolicy,
     SpeculationStats,
     StepCosts,
-    accept_greedy,
-    accept_sampled,
+    accept,
     expected_tokens,
 )
 from optimizer.errors import UsageError
@@ -89,13 +87,13 @@ class HalfRight:
 
 
 def generate(
-    model: Toy, proposer: Proposer, new: int, accept: Callable[[Draft, Tensor], Accepted]
+    model: Toy, proposer: Proposer, new: int, judge: Callable[[Draft, Tensor], Accepted]
 ) -> tuple[list[int], SpeculationStats]:
     policy = SpeculationPolicy(StepCosts({1: 1.0}))
     history = [0, 1, 2, 0, 1]
     while len(history) < 5 + new:
         draft = proposer.propose(history, 5)
-        accepted = accept(draft, model.verify(history, draft))
+        accepted = judge(draft, model.verify(history, draft))
         history += accepted.tokens(draft)
         policy.observe(draft, accepted)
     return history[5 : 5 + new], policy.stats
@@ -116,7 +114,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(name: str, memory: int) -> No
     for seed in range(4):
         model = Toy(seed, memory)
         got, stats = generate(
-            model, PROPOSERS[name](model), 300, lambda draft, logits: accept_greedy(draft, logits.argmax(-1))
+            model, PROPOSERS[name](model), 300, lambda draft, logits: accept(draft, logits.argmax(-1).tolist())
         )
         plain = [0, 1, 2, 0, 1]
         for _ in range(300):
@@ -131,17 +129,21 @@ def test_greedy_tokens_are_those_of_plain_decoding(name: str, memory: int) -> No
 @pytest.mark.parametrize("name", PROPOSERS)
 def test_a_seed_gives_the_tokens_of_plain_sampling(name: str) -> None:
     sampling, model = Sampling(0.7, top_k=4), Toy(1, 2)
-    generator = torch.Generator().manual_seed(5)
+
+    def draw(logits: Tensor) -> int:
+        """By a random number that depends on the context alone, as the engine's on the position."""
+        seed = int(logits.double().sum() * 1e9) & 0xFFFF
+        return int(sample(logits[None], sampling, torch.Generator().manual_seed(seed)))
+
     got, stats = generate(
         model,
         PROPOSERS[name](model),
         300,
-        lambda draft, logits: accept_sampled(draft, probabilities(logits, sampling), generator=generator),
+        lambda draft, logits: accept(draft, [draw(row) for row in logits]),
     )
-    generator = torch.Generator().manual_seed(5)
     plain = [0, 1, 2, 0, 1]
     for _ in range(300):
-        plain.append(int(sample(model.logits(plain)[None], sampling, generator)))
+        plain.append(draw(model.logits(plain)))
     assert got == plain[5:]
     assert stats.accepted > 50
 
@@ -149,15 +151,15 @@ def test_a_seed_gives_the_tokens_of_plain_sampling(name: str) -> None:
 def test_the_longest_path_is_taken_and_the_target_adds_a_token() -> None:
     tree = Draft((7, 5, 8, 6, 9), (-1, -1, 0, 0, 2))
     after = {-1: 7, 0: 8, 2: 9, 4: 3, 1: 0, 3: 0}
-    argmaxes = torch.tensor([after[node] for node in range(-1, 5)])
-    accepted = accept_greedy(tree, argmaxes)
+    chosen = [after[node] for node in range(-1, 5)]
+    accepted = accept(tree, chosen)
     assert accepted == Accepted([0, 2, 4], 3)
     assert accepted.tokens(tree) == [7, 8, 9, 3]
     assert accepted.tests(tree) == 3  # nothing was guessed after the last
-    argmaxes[1] = 2
-    assert accept_greedy(tree, argmaxes) == Accepted([0], 2)
-    assert accept_greedy(tree, argmaxes).tests(tree) == 2
-    assert accept_greedy(Draft(), torch.tensor([4])) == Accepted([], 4)
+    chosen[1] = 2
+    assert accept(tree, chosen) == Accepted([0], 2)
+    assert accept(tree, chosen).tests(tree) == 2
+    assert accept(Draft(), [4]) == Accepted([], 4)
     assert Accepted([], 4).tests(Draft()) == 0
 
 
@@ -166,8 +168,7 @@ def test_the_longest_path_is_taken_and_the_target_adds_a_token() -> None:
 V = 4
 LENGTH = 3  # tokens whose joint distribution is tested: 64 cells
 TRIALS = 5000
-Accept = Callable[[Draft, Tensor, Tensor | None, torch.Generator], Accepted]
-Drawn = tuple[Draft, list[Tensor] | None]
+Accept = Callable[[Draft, Tensor, torch.Generator], Accepted]
 
 
 @cache
@@ -190,11 +191,10 @@ def contexts(history: tuple[int, ...], draft: Draft) -> list[tuple[int, ...]]:
     return found
 
 
-def drawn_tree(history: tuple[int, ...], rng: random.Random, widths: Sequence[int]) -> Drawn:
+def drawn_tree(history: tuple[int, ...], rng: random.Random, widths: Sequence[int]) -> Draft:
     """Every node of a level gets `width` children, drawn one after the other without replacement."""
     tokens: list[int] = []
     parents: list[int] = []
-    rows: list[Tensor] = []
     level = [(-1, history)]
     for width in widths:
         following = []
@@ -206,30 +206,27 @@ def drawn_tree(history: tuple[int, ...], rng: random.Random, widths: Sequence[in
                 following.append((len(tokens), (*context, token)))
                 tokens.append(token)
                 parents.append(parent)
-                rows.append(drafter(context))
         level = following
-    return Draft(tuple(tokens), tuple(parents)), rows
+    return Draft(tuple(tokens), tuple(parents))
 
 
-DRAFTS: dict[str, Callable[[tuple[int, ...], random.Random], Drawn]] = {
-    "looked-up chain": lambda history, _: (Draft.chain([1, 2]), None),
-    "looked-up tree": lambda history, _: (Draft((1, 2, 3, 0), (-1, -1, 0, 0)), None),
-    "drawn chain": lambda history, rng: drawn_tree(history, rng, (1, 1)),
+DRAFTS: dict[str, Callable[[tuple[int, ...], random.Random], Draft]] = {
+    "looked-up chain": lambda history, _: Draft.chain([1, 2]),
+    "looked-up tree": lambda history, _: Draft((1, 2, 3, 0), (-1, -1, 0, 0)),
     "drawn tree": lambda history, rng: drawn_tree(history, rng, (3, 2)),
 }
 
 
-def p_value(accept: Accept, draw: Callable[[tuple[int, ...], random.Random], Drawn], trials: int = TRIALS) -> float:
-    """Of the first tokens' joint distribution when `accept` judges the drafts, against the target's."""
+def p_value(judge: Accept, draw: Callable[[tuple[int, ...], random.Random], Draft], trials: int = TRIALS) -> float:
+    """Of the first tokens' joint distribution when `judge` judges the drafts, against the target's."""
     rng, generator = random.Random(3), torch.Generator().manual_seed(4)
     counts: Counter[tuple[int, ...]] = Counter()
     for _ in range(trials):
         history: tuple[int, ...] = ()
         while len(history) < LENGTH:
-            draft, rows = draw(history, rng)
+            draft = draw(history, rng)
             p = torch.stack([target(context) for context in contexts(history, draft)])
-            accepted = accept(draft, p, None if rows is None else torch.stack(rows), generator)
-            history += tuple(accepted.tokens(draft))
+            history += tuple(judge(draft, p, generator).tokens(draft))
         counts[history[:LENGTH]] += 1
     expected = {
         cell: trials * math.prod(float(target(cell[:i])[cell[i]]) for i in range(LENGTH))
@@ -244,19 +241,17 @@ def p_value(accept: Accept, draw: Callable[[tuple[int, ...], random.Random], Dra
     return float(chisquare([*observed, trials - sum(observed)], [*ideal, trials - sum(ideal)]).pvalue)
 
 
+def drawn(draft: Draft, p: Tensor, generator: torch.Generator) -> Accepted:
+    """A token drawn after the root and each node."""
+    return accept(draft, torch.multinomial(p, 1, generator=generator)[:, 0].tolist())
+
+
 @pytest.mark.parametrize("name", DRAFTS)
-def test_sampled_tokens_have_the_distribution_of_the_target(name: str) -> None:
-    assert p_value(accept_sampled, DRAFTS[name]) > FALSE_ALARM
+def test_drawn_tokens_have_the_distribution_of_the_target(name: str) -> None:
+    assert p_value(drawn, DRAFTS[name]) > FALSE_ALARM
 
 
-def take_all(draft: Draft, p: Tensor, q: Tensor | None, generator: torch.Generator) -> Accepted:
-    """Every token of a chain that the target could have made stands."""
-    possible = [bool(p[node, token] > 0) for node, token in enumerate(draft.tokens)]
-    path = list(range([*possible, False].index(False)))
-    return Accepted(path, int(torch.multinomial(p[len(path)], 1, generator=generator)))
-
-
-def redraw_the_fallen(draft: Draft, p: Tensor, q: Tensor | None, generator: torch.Generator) -> Accepted:
+def redraw_the_fallen(draft: Draft, p: Tensor, generator: torch.Generator) -> Accepted:
     """A looked-up token that fell may be drawn again."""
     path: list[int] = []
     for node, token in enumerate(draft.tokens):
@@ -266,126 +261,19 @@ def redraw_the_fallen(draft: Draft, p: Tensor, q: Tensor | None, generator: torc
     return Accepted(path, int(torch.multinomial(p[len(path)], 1, generator=generator)))
 
 
-def greedy_walk(draft: Draft, p: Tensor, q: Tensor | None, generator: torch.Generator) -> Accepted:
-    return accept_greedy(draft, p.argmax(-1))
+def greedy_walk(draft: Draft, p: Tensor, generator: torch.Generator) -> Accepted:
+    return accept(draft, p.argmax(-1).tolist())
 
 
-def nothing_is_subtracted(owed: Tensor, proposal: Tensor) -> Tensor:
-    return owed
+@pytest.mark.parametrize(("name", "judge"), [("looked-up chain", redraw_the_fallen), ("drawn tree", greedy_walk)])
+def test_the_check_catches_a_wrong_rule(name: str, judge: Accept) -> None:
+    assert p_value(judge, DRAFTS[name]) < FALSE_ALARM
 
 
-def not_normalized(owed: Tensor, proposal: Tensor) -> Tensor:
-    left = (owed - proposal).clamp(min=0)
-    return left if left.any() else owed
-
-
-@pytest.mark.parametrize(
-    ("name", "accept"),
-    [("looked-up chain", redraw_the_fallen), ("drawn chain", take_all), ("drawn tree", greedy_walk)],
-)
-def test_the_check_catches_a_wrong_rule(name: str, accept: Accept) -> None:
-    assert p_value(accept, DRAFTS[name]) < FALSE_ALARM
-
-
-@pytest.mark.parametrize(
-    ("name", "residual"),
-    [
-        ("drawn chain", nothing_is_subtracted),
-        ("drawn tree", nothing_is_subtracted),
-        ("drawn tree", not_normalized),  # a lone child's residual is only drawn from, which normalizes it
-    ],
-)
-def test_the_check_catches_a_wrong_residual(
-    name: str, residual: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(speculation, "_residual", residual)
-    assert p_value(accept_sampled, DRAFTS[name]) < FALSE_ALARM
-
-
-def test_siblings_that_were_drawn_may_still_be_in_the_rows_of_later_ones() -> None:
-    def without_earlier(draft: Draft, rows: Tensor) -> Tensor:
-        rows = rows.clone()
-        for siblings in draft.children:
-            for place, node in enumerate(siblings):
-                rows[node, [draft.tokens[earlier] for earlier in siblings[:place]]] = 0
-        return rows / rows.sum(-1, keepdim=True)
-
-    rng = random.Random(0)
-    for seed in range(50):
-        draft, rows = drawn_tree((seed,), rng, (3, 2))
-        assert rows is not None
-        p, q = torch.stack([target(context) for context in contexts((seed,), draft)]), torch.stack(rows)
-        first, second = (
-            accept_sampled(draft, p, given, torch.Generator().manual_seed(seed))
-            for given in (q, without_earlier(draft, q))
-        )
-        assert first == second
-
-
-def test_the_worked_example() -> None:
-    p, q = torch.tensor([[0.6, 0.4], [0.6, 0.4]]), torch.tensor([[0.9, 0.1]])
-    generator = torch.Generator().manual_seed(0)
-    stood = Counter[int]()
-    drafted = torch.multinomial(q[0], 2000, replacement=True, generator=generator).tolist()
-    for token in drafted:
-        accepted = accept_sampled(Draft.chain([token]), p, q, generator)
-        stood[token] += len(accepted.path)
-        assert accepted.path or accepted.next_token == 1  # what falls is token 1
-    assert stood[1] == drafted.count(1)
-    assert binomtest(stood[0], drafted.count(0), 2 / 3).pvalue > FALSE_ALARM
-
-
-def test_a_draft_from_the_target_itself_always_stands() -> None:
-    p = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    generator = torch.Generator().manual_seed(1)
-    for token in range(50):
-        # float32 rows that sum to 1 only nearly: p differs from q by a factor, and in nothing.
-        assert accept_sampled(Draft.chain([token, token]), p, p[:2] * (1 + 1e-6), generator).path == [0, 1]
-
-
-def test_rounding_that_leaves_nothing_leaves_what_was_owed() -> None:
-    owed = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    assert torch.equal(speculation._residual(owed, owed), owed)
-    left = speculation._residual(owed, torch.tensor([0.5, 0.5], dtype=torch.float64))
-    assert left.tolist() == [0.0, 1.0]
-
-
-@pytest.mark.parametrize("drawn", [True, False])
-def test_inputs_and_the_global_generator_are_left_alone(drawn: bool) -> None:
-    draft, rows = drawn_tree((), random.Random(0), (2, 2))
-    assert rows is not None
-    p, q = torch.stack([target(context) for context in contexts((), draft)]), torch.stack(rows)
-    before, state = (p.clone(), q.clone()), torch.get_rng_state()
-    results = [
-        accept_sampled(draft, p, q if drawn else None, torch.Generator().manual_seed(seed)) for seed in [*range(20), 0]
-    ]
-    assert results[0] == results[-1]
-    assert len({str(result) for result in results}) > 1
-    assert torch.equal(p, before[0])
-    assert torch.equal(q, before[1])
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-EVEN = torch.full((3, 4), 0.25)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: accept_greedy(Draft.chain([1]), torch.tensor([1])), r"argmaxes is \[1\] for a draft of 1"),
-        (lambda: accept_greedy(Draft(), torch.tensor([[1]])), r"argmaxes is \[1, 1\]"),
-        (lambda: accept_sampled(Draft.chain([1]), EVEN), r"target_probs is \[3, 4\] for a draft of 1"),
-        (lambda: accept_sampled(Draft.chain([1, 2]), EVEN, EVEN), r"draft_probs is \[3, 4\] for a draft of 2"),
-        (lambda: accept_sampled(Draft.chain([1, 4]), EVEN), "token 4, and the target a vocabulary of 4"),
-        (
-            lambda: accept_sampled(Draft.chain([1, 2]), EVEN, torch.eye(4)[:2]),
-            "node 0 has the token 1, which draft_probs gives a probability of 0.0",
-        ),
-    ],
-)
-def test_what_does_not_fit_the_draft_is_refused(call: Callable[[], Accepted], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        call()
+@pytest.mark.parametrize(("draft", "chosen"), [(Draft.chain([1]), [1]), (Draft(), [1, 1])])
+def test_chosen_tokens_that_do_not_fit_the_draft_are_refused(draft: Draft, chosen: list[int]) -> None:
+    with pytest.raises(UsageError, match=f"{len(chosen)} chosen tokens for a draft of {len(draft)}"):
+        accept(draft, chosen)
 
 
 # When to speculate

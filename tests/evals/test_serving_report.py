@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 from optimizer.errors import UsageError
 from optimizer.evals import arithmetic
 from optimizer.evals.serving import RequestRecord
-from optimizer.evals.serving_report import Quantiles, RateSearch, ServingReport, Slo, max_goodput_rate
+from optimizer.evals.serving_report import Quantiles, ServingReport, Slo
 from optimizer.evals.statistics import Interval
 
 SLO = Slo(ttft_seconds=1.0, tpot_seconds=0.5)
@@ -189,36 +188,3 @@ def test_impossible_objectives_are_refused(limits):
     with pytest.raises(UsageError, match=r"Slo\(.*must be above 0 seconds"):
         Slo(*limits)
     assert Slo(math.inf, math.inf).met(SLOW)
-
-
-def serve_up_to(capacity):
-    """An engine all of whose requests meet the objective up to a rate, and then a share that falls with it."""
-    report = ServingReport.of([GOOD], SLO)
-
-    def serve(rate):
-        share = min(1.0, capacity / rate)
-        return dataclasses.replace(report, met_share=Interval(share, share, share))
-
-    return serve
-
-
-def test_the_highest_rate_that_keeps_the_objective_is_found():
-    search = max_goodput_rate(serve_up_to(9.0), low=1, high=100, share=0.9)  # 9/rate ≥ 0.9 up to 10
-    assert 10 / 1.05 <= search.rate <= 10
-    assert search.tried[:2] == ((1, 1.0), (100, 0.09))
-    assert len(search.tried) == 2 + 7  # 100 halved on the logarithm until under 1.05: log2(ln 100 / ln 1.05) = 6.6
-    assert max(rate for rate, share in search.tried if share >= 0.9) == search.rate
-
-
-def test_a_search_whose_ends_decide_runs_no_further():
-    assert max_goodput_rate(serve_up_to(0.5), low=1, high=4) == RateSearch(None, ((1, 0.5),))
-    assert max_goodput_rate(serve_up_to(4.0), low=1, high=4) == RateSearch(4, ((1, 1.0), (4, 1.0)))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"low": 0}, {"low": 5}, {"high": math.inf}, {"share": 0}, {"share": 1.1}, {"tolerance": 0}, {"low": math.nan}],
-)
-def test_an_impossible_search_is_refused(options):
-    with pytest.raises(UsageError, match="max_goodput_rate"):
-        max_goodput_rate(serve_up_to(1.0), **({"low": 1, "high": 4} | options))
