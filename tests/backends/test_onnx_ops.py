@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from optimizer.backends.linear import MergedLinear, MergedSlice, QuantizedLinear
 from optimizer.backends.onnx_export import OPSET
+from optimizer.backends.onnx_linears import MatMulNBits
 from optimizer.backends.onnx_ops import RMSNorm, kernels, translate
 from optimizer.backends.onnx_runner import open_session
 from optimizer.errors import UsageError
@@ -57,38 +60,45 @@ def layer(format: Format, activation: ActivationFormat | None, seed: int, rows: 
 
 
 class Bank(nn.Module):
-    """Every format on the same input."""
+    """Every layer on the same input."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layer(*pair, seed) for seed, pair in enumerate(FORMATS.values()))
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [module(x) for module in self.layers]
+
+
+def exported_session(bank: Bank, file: Path, names: list[str]) -> tuple[Any, Tensor]:
+    """The session of the bank's graph, whose outputs have those names, and an input with outliers."""
+    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(1))
+    x[..., 7] *= 9
+    dynamic = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            bank, (x,), dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False, optimize=False,
+            output_names=names,
+        )  # fmt: skip
+        program.save(file)
+    onnx.checker.check_model(str(file))
+    return open_session(file), x
+
+
+def all_formats() -> Bank:
+    return Bank(layer(*pair, seed) for seed, pair in enumerate(FORMATS.values()))
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bank, Any, dict[str, np.ndarray], Tensor]:
     """The bank as it was, the session of its graph, the file's tensors, and an input with outliers."""
     file = tmp_path_factory.mktemp("onnx") / "bank.onnx"
-    own, bank = Bank(), Bank()
+    own = all_formats()
     translate(own, torch.float32)
-    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(1))
-    x[..., 7] *= 9
-    dynamic = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
-    import warnings
-
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            own, (x,), dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, verbose=False, optimize=False,
-            output_names=list(FORMATS),
-        )  # fmt: skip
-        program.save(file)
-    onnx.checker.check_model(str(file))
-    graph = onnx.load(str(file))
-    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}
-    return bank, open_session(file), tensors, x
+    session, x = exported_session(own, file, list(FORMATS))
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(file)).graph.initializer}
+    return all_formats(), session, tensors, x
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -167,10 +177,50 @@ def test_an_unknown_dialect_is_refused() -> None:
         translate(nn.Sequential(), torch.float32, dialect="cuda")
 
 
-def test_the_caller_may_ask_for_int8_inputs(tmp_path: Path) -> None:
-    model = nn.Sequential(layer(Format(4, group_size=32), None, 0))
-    translate(model, torch.float32, int8_inputs=True)
-    assert model[0].accuracy_level == 4
+ROUNDED = ["int4-g32", "int4-g128-asym", "int4-channel", "int8-channel", "int8-channel-asym", "int8-g64", "int8-tensor"]
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[QuantizedLinear], nn.Sequential, Any]:
+    """Layers, what stands for them where inputs may be rounded to int8, and the session of their graph."""
+    layers = [layer(*FORMATS[name], seed) for seed, name in enumerate(ROUNDED)]
+    own = nn.Sequential(*(layer(*FORMATS[name], seed) for seed, name in enumerate(ROUNDED)))
+    translate(own, torch.float32, int8_inputs=True)
+    bank = Bank(own)
+    return layers, own, exported_session(bank, tmp_path_factory.mktemp("onnx") / "rounded.onnx", ROUNDED)[0]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_inputs_multiply_the_elements_of_the_quantizer(name: str, rounded: Any) -> None:
+    """What is stored decodes to the weight, in plain integers, and the product is off by no more than the rounding.
+
+    Inputs are rounded to int8 in blocks of the weight's, with a scale of their largest over 127: each is off by half of
+    that at most.
+    """
+    layers, own, session = rounded
+    index = ROUNDED.index(name)
+    module, weight = own[index], layers[index].stored_weight().dequantize()
+    assert (type(module), module.accuracy_level) == (MatMulNBits, 4)
+    bits, half = FORMATS[name][0].bits, 1 << (FORMATS[name][0].bits - 1)
+    rows, blocks, _ = module.data.shape
+    for row in (0, rows - 1):
+        for block in range(blocks):
+            stored = module.data[row, block].tolist()
+            codes = stored if bits == 8 else [nibble for byte in stored for nibble in (byte & 15, byte >> 4)]
+            zero = half
+            if module.zeros is not None and bits == 8:
+                zero = int(module.zeros[row, block])
+            elif module.zeros is not None:
+                zero = (int(module.zeros[row, block // 2]) >> (4 * (block % 2))) & 15
+            values = torch.tensor([code - zero for code in codes]) * module.scales[row, block]
+            assert torch.equal(values, weight[row, block * module.block : (block + 1) * module.block])
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(2))
+    expected = x @ weight.T + (0 if module.bias is None else module.bias)
+    largest = x.reshape(3, -1, module.block).abs().amax(-1)
+    summed = weight.reshape(N, -1, module.block).abs().sum(-1)
+    bound = 0.5 * (largest / 127) @ summed.T * 1.01 + 1e-5
+    found = torch.from_numpy(session.run([name], {"x": x[None].numpy()})[0])[0]
+    assert ((found - expected).abs() <= bound).all()
 
 
 def test_norms_become_the_form_that_the_runtime_joins() -> None:
