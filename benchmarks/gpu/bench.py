@@ -41,7 +41,7 @@ class Bench:
 
     def copies(self, nbytes: int) -> int:
         """How many operands of so many bytes pass the cache five times over."""
-        cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 1
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type != "cpu" else 1
         return min(64, math.floor(5 * cache / nbytes) + 1) if self.shrink == 1 else 2
 
     def seconds(self, candidates: Mapping[str, Sequence[Call]]) -> dict[str, float]:

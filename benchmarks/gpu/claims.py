@@ -96,8 +96,29 @@ def _line(claim: str, name: str, asked: float | None, less: bool, rows: dict[str
     return f"| {claim} | {bound} | {figure} | [gpu.json](../benchmarks/results/gpu.json) |"
 
 
-def load() -> dict[str, Any] | None:
-    """The committed result, if there is one."""
+def load(file: Path = RESULT) -> dict[str, Any] | None:
+    """A result, by default the committed one, if there is one."""
     with suppress(FileNotFoundError):
-        return json.loads(RESULT.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     return None
+
+
+def merged(*documents: dict[str, Any]) -> dict[str, Any]:
+    """Results of one machine as one, later figures before earlier ones; `SystemExit` where they are of two."""
+    found: dict[str, Any] = {}
+    for one in documents:
+        for what in ("device", "versions"):
+            if found and found[what] != one[what]:
+                raise SystemExit(
+                    f"a result of {what} {found[what]} cannot hold figures of {one[what]}: give --out another file."
+                )
+        parts = {name: found.get(name, {}) | one[name] for name in ("seconds", "rows")}
+        found = one | parts | {"command": f"python -m benchmarks.gpu --parts {','.join(parts['seconds'])}"}
+    return found
+
+
+def write(document: dict[str, Any], file: Path) -> None:
+    """A result as JSON, or the page where `file` is one."""
+    text = page(document) if file.suffix == ".md" else json.dumps(document, indent=2) + "\n"
+    file.parent.mkdir(exist_ok=True, parents=True)
+    file.write_text(text, encoding="utf-8")

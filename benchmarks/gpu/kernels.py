@@ -62,7 +62,7 @@ def linears(bench: Bench, w: Weights, x: Tensor) -> dict[str, tuple[Call, int]]:
         "int8": (lambda: w8a16_linear(x, w.int8, w.int8_scale, None, None), w.int8.nbytes + w.int8_scale.nbytes),
         "int4": (lambda: w4a16_linear(x, w.int4, w.int4_scale, None, None), w.int4.nbytes + w.int4_scale.nbytes),
     }
-    if bench.device.type == "cuda":
+    if bench.device.type != "cpu":
         n, k = w.dense.shape
         q = torch.randint(0, 256, (n, k // 2), device=bench.device, dtype=torch.int32).to(torch.uint8)
         packed = torch.ops.aten._convert_weight_to_int4pack(q, 8)
