@@ -29,7 +29,7 @@ from optimizer.backends.drafting import Draft
 from optimizer.backends.kernels.sampling import sample_tokens
 from optimizer.backends.kv_layout import FEW_TOKENS
 from optimizer.backends.paged_cache import Storage, View
-from optimizer.backends.sampling import Sampling
+from optimizer.backends.sampling import Sampling, most_likely
 from optimizer.backends.sequences import Sequence
 from optimizer.errors import UsageError
 
@@ -181,7 +181,7 @@ def _step_forward(model: Any, storage: Storage, step: Step) -> tuple[Tensor, Ten
         chosen = sample_tokens(logits.view(-1, vocabulary), *rows, uniform(step.seeds[:, None], stand).view(-1))
         chosen = chosen.view(batch, tokens)
     else:
-        chosen = logits.argmax(-1)
+        chosen = most_likely(logits)
     if positions.shape[1] == 1:
         step.tokens.copy_(torch.where(positions >= 0, chosen, step.tokens))
         positions.add_((positions >= 0).long())

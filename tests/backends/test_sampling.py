@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from optimizer.backends.sampling import Sampling, probabilities, sample
+from optimizer.backends.sampling import Sampling, in_parts, most_likely, probabilities, sample
 from optimizer.errors import UsageError
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
@@ -129,3 +129,20 @@ def test_a_generator_of_its_own_repeats_and_leaves_the_global_one() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("parts", [1, 8, 64])
+def test_the_largest_of_parts_is_the_largest_of_all(parts: int) -> None:
+    generator = torch.Generator().manual_seed(parts)
+    logits = torch.randn(50, 3, 128, generator=generator)
+    ties = torch.randint(0, 3, (50, 3, 128), generator=generator).float()
+    hidden = logits.masked_fill(logits < 2.5, -torch.inf)  # most rows have few others, some none
+    broken = logits.clone()
+    broken[::2, :, 77] = torch.nan
+    for case in (logits, ties, hidden, torch.full_like(logits, -torch.inf), broken, logits.bfloat16()):
+        assert torch.equal(in_parts(case, parts), case.argmax(-1))
+
+
+def test_a_cpu_looks_for_the_largest_at_once() -> None:
+    logits = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(most_likely(logits), logits.argmax(-1))
