@@ -244,7 +244,7 @@ class _Run:
             self.overlapping.update(match.nodes)
             return False
         site = Site(fusion.name, fusion.variant, where(outputs[0]), outputs[0].name)
-        if reason := _keywords(match) or fusion.guard(match.kwargs):
+        if reason := _keywords(match) or _number(fusion, match) or fusion.guard(match.kwargs):
             self.refused.update(dict.fromkeys(match.nodes, replace(site, reason=reason)))
             return False
         reason = self._no_kernel(fusion, value(outputs[0]).device.type)
@@ -270,6 +270,12 @@ def _keywords(match: Match) -> str:
         if node is not None and (extra := node.kwargs.keys() - getattr(pattern, "kwargs", {}).keys()):
             return f"{node.target} is called with {', '.join(sorted(extra))}, which the pattern lacks"
     return ""
+
+
+def _number(fusion: Fusion, match: Match) -> str:
+    """A reason where a number stands in a tensor's place and PyTorch 2.11 has made a constant of the pattern of it."""
+    names = inspect.signature(fusion.pattern).parameters.keys() - dict(fusion.scalars).keys() - match.kwargs.keys()
+    return f"{min(names)} is a number, not a tensor" if names else ""
 
 
 @cache

@@ -5,6 +5,7 @@ python -m tests.passes.test_fuse    # writes them again
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -269,13 +270,12 @@ def test_a_refused_site_is_reported_with_its_module_and_reason(monkeypatch: pyte
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * 0.5)
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", half)
-    with pytest.raises(
-        PassError, match=r"model\.layers\.0\.input_layernorm: rms_norm: weight is 0\.5, not a parameter"
-    ):
+    weight = r"rms_norm: weight is (0\.5, not a parameter|a number, not a tensor)"  # PyTorch 2.11 knows no more
+    with pytest.raises(PassError, match=r"model\.layers\.0\.input_layernorm: " + weight):
         served(ARCHITECTURES["llama"](), Fuse())
     _, (_, report) = served(ARCHITECTURES["llama"](), Fuse(devices=["cpu"], strict=False, required=False))
     assert {skip.name for skip in report.skipped} >= {"model.layers.0.input_layernorm", "model.norm"}
-    assert {skip.reason for skip in report.skipped} == {"rms_norm: weight is 0.5, not a parameter"}
+    assert all(re.fullmatch(weight, skip.reason) for skip in report.skipped)
 
 
 def test_an_unknown_architecture_is_reported_as_found() -> None:
@@ -541,6 +541,7 @@ def test_the_counts_on_the_page_are_what_was_found() -> None:
     assert between(PAGE.read_text(encoding="utf-8"), "counts")[1] == table()
 
 
+@pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 13), reason="the page is of PyTorch 2.13")
 def test_the_bytes_on_the_page_are_those_of_the_graphs() -> None:
     assert between(PAGE.read_text(encoding="utf-8"), "traffic")[1] == traffic()
 

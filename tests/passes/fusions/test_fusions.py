@@ -367,7 +367,7 @@ NOT_DECODED: dict[str, tuple[Any, list[Tensor], str]] = {
         [floats(5, 64), Q, floats(64, 4)], "K is 64 and the group 16: no multiples of 32",
     ),
     "a number for a zero": (
-        lambda x, q, s: x @ ((q.to(x.dtype) - 8) * s).T, [floats(5, 64), Q, floats(64, 1)], "zero is 8, not a tensor"
+        lambda x, q, s: x @ ((q.to(x.dtype) - 8) * s).T, [floats(5, 64), Q, floats(64, 1)], ", not a tensor"
     ),
     "float64": (
         lambda x, q, s: x @ (q.to(x.dtype) * s).T, [floats(5, 64).double(), Q, floats(64, 1).double()],
