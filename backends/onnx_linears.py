@@ -4,8 +4,9 @@
                        bits the even element of a pair in the lower nibble; `scales [N, K/b]`; `zero_points` likewise
                        packed along a row, absent if symmetric
     DequantizedMatMul  DequantizeLinear of a weight `[K, N]`, scales `[N]`, or `[K/g, N]` in groups along K, then MatMul
-    TensorRTMatMul     the same within what TensorRT takes, 4-bit elements as INT4
-    inputs             rounded by the same arithmetic as in PyTorch (`quant.activations`), exported operator by operator
+    TensorRTMatMul     the same within what TensorRT takes, 4-bit elements as INT4; inputs by QuantizeLinear and
+                       DequantizeLinear under one scale of the tensor, so that int8 meets int8, and e4m3 meets e4m3
+    inputs             else rounded by the same arithmetic as in PyTorch (`quant.activations`), operator by operator
 
 They hold exactly the elements and float32 scales that the quantizer made.
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from optimizer.errors import UsageError
 from optimizer.quant.activations import quantize_activation
-from optimizer.quant.formats import BLOCK, ActivationFormat
+from optimizer.quant.formats import BLOCK, ActivationFormat, Format
 from optimizer.quant.packing import pack_nibbles
 from optimizer.quant.weight import QuantizedWeight
 
@@ -54,10 +55,14 @@ class OnnxLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., K]` to `[..., N]`."""
-        if self.activation is not None:
-            x = quantize_activation(x, self.activation, self.input_scale).to(x.dtype)
-        y = self.product(x)
+        y = self.product(self.rounded(x))
         return y if self.bias is None else y + self.bias
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The input as the layer rounds it, in the type of `x`."""
+        if self.activation is None:
+            return x
+        return quantize_activation(x, self.activation, self.input_scale).to(x.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """The product alone."""
@@ -165,6 +170,10 @@ class DequantizedMatMul(OnnxLinear):
         return x @ weight
 
 
+_ONNX_TYPES = {"int": (torch.int8, 3), "float": (torch.float8_e4m3fn, 17)}
+"""The type of 8-bit elements by their kind, and its number in ONNX (TensorProto.DataType)."""
+
+
 class TensorRTMatMul(DequantizedMatMul):
     """A symmetric weight as TensorRT takes it: int4 in groups along K, int8 and e4m3 by row or by tensor.
 
@@ -183,13 +192,33 @@ class TensorRTMatMul(DequantizedMatMul):
             raise UsageError("TensorRT knows symmetric weights only: quantize with `symmetric: true`")
         if weight.format.bits == 8 and weight.format.granularity in ("group", "block"):
             raise UsageError("TensorRT takes 8-bit weights by row or by tensor: quantize with `group_size: -1`")
+        if activation is not None:
+            _check_static(weight.format, activation)
         super().__init__(weight, bias, activation, input_scale, dtype)
+        if input_scale is not None:
+            self.input_scale = input_scale.to(dtype).reshape(())
+            if not (self.input_scale.isfinite() and self.input_scale > 0):
+                raise UsageError(
+                    f"the scale {input_scale.item():.3g} of its inputs is none in {str(dtype).removeprefix('torch.')}"
+                )
         if weight.format.bits == 4:
             groups = weight.scale.shape[1]
             self.attributes = {"axis": 0, "block_size": self.in_features // groups}
             self.int4 = self.data
             self.scales = weight.scale.to(dtype).t().contiguous()
             del self.data
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Elements and back: TensorRT multiplies the elements, where both operands come from such a pair."""
+        if self.activation is None:
+            return x
+        kind, number = _ONNX_TYPES[self.activation.kind]
+        elements = torch.onnx.ops.symbolic(
+            "QuantizeLinear", [x, self.input_scale], {"output_dtype": number}, dtype=kind, shape=x.shape
+        )
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", [elements, self.input_scale], {}, dtype=x.dtype, shape=x.shape
+        )
 
     def product(self, x: Tensor) -> Tensor:
         """The weight is decoded by the engine, in the kernel that multiplies it."""
@@ -199,6 +228,21 @@ class TensorRTMatMul(DequantizedMatMul):
             "DequantizeLinear", [data, self.scales], self.attributes, dtype=x.dtype, shape=shape
         )
         return x @ weight
+
+
+def _check_static(weight: Format, activation: ActivationFormat) -> None:
+    """`UsageError` for rounded inputs that TensorRT would not multiply as they are."""
+    static = "int8-static" if weight.kind == "int" else "fp8-static"
+    if activation.dynamic:
+        raise UsageError(
+            f"TensorRT rounds inputs by one scale that calibration found, and {activation.name} takes its own from "
+            f"each input: quantize with `activations: {static}`"
+        )
+    if (weight.bits, weight.kind) != (activation.bits, activation.kind):
+        raise UsageError(
+            f"TensorRT multiplies int8 by int8 and fp8 by fp8, and this layer has {weight.name} weights and "
+            f"{activation.name} inputs: quantize both to one type, or leave `activations` out"
+        )
 
 
 def _along_rows(scale: Tensor) -> Tensor:

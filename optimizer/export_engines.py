@@ -19,7 +19,7 @@ from optimizer.artifact import ManifestInfo, SourceRecord, write_artifact
 from optimizer.backends.aot_package import PackageRecord, export_package, load_package
 from optimizer.backends.onnx_export import MODEL_FILE, float_copy
 from optimizer.backends.tensorrt.build import BuildOptions, build_engines, targets_of
-from optimizer.backends.tensorrt.engine import EngineSet, Profile
+from optimizer.backends.tensorrt.engine import BuiltEngine, EngineSet, Profile
 from optimizer.backends.tensorrt.provider import Provider, find_provider
 from optimizer.errors import PassError, UsageError
 from optimizer.export_command import BOUND, ENGINES, PACKAGE, rehearse, write_configuration, write_onnx
@@ -201,6 +201,17 @@ def engine_data(result: EngineExport) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def products(engine: BuiltEngine, rounded: int) -> str:
+    """How the engine multiplies the weights whose inputs are rounded, in words."""
+    kinds = " and ".join(kind for kind in engine.products if kind in _QUANTIZED_PRODUCTS)
+    if wrong := len(engine.multiplied_otherwise):
+        return f"{wrong} of {rounded} products with rounded inputs FELL BACK to wider types"
+    return f"all {rounded} products with rounded inputs are {kinds}"
+
+
+_QUANTIZED_PRODUCTS = ("int8 × int8", "fp8_e4m3 × fp8_e4m3")
+
+
 def describe_engines(result: EngineExport) -> str:
     """The result as text."""
     lines = [f"{result.folder}: {result.engines.provider} {result.engines.version}, {result.bytes / 1e6:.1f} MB"]
@@ -214,6 +225,9 @@ def describe_engines(result: EngineExport) -> str:
             + (engine.note or f"constants: {held}; {state}")
         )
         lines += [f"  {name}: {why}" for name, why in engine.fell_back.items()]
+        if result.engines.rounded and not engine.note:
+            lines.append(f"  {products(engine, result.engines.rounded)}")
+            lines += [f"  {name}: {why}" for name, why in engine.multiplied_otherwise.items()]
     lines.append(f"{len(result.engines.float32_layers)} layers compute in float32, as the model's own casts ask")
     lines.append(
         "logits of the graph that they were built from differ from PyTorch's by at most "

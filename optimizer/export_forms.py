@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,12 +18,13 @@ from optimizer.backends.aot_package import PackageRunner, read_package
 from optimizer.backends.onnx_export import DATA_FILE, MODEL_FILE
 from optimizer.backends.onnx_runner import OnnxRunner
 from optimizer.backends.runner import BaseRunner
+from optimizer.backends.tensorrt.engine import BuiltEngine, EngineSet
 from optimizer.backends.tensorrt.runner import TensorRTRunner
 from optimizer.errors import DeviceError
 from optimizer.evals.quality import MetricComparison
 from optimizer.evals.timing import GenerationTiming
 from optimizer.export_command import ENGINES, PACKAGE, write_onnx
-from optimizer.export_engines import EngineOptions, write_engines, write_package
+from optimizer.export_engines import EngineOptions, products, write_engines, write_package
 from optimizer.passes.base import view
 from optimizer.progress import Progress
 from optimizer.recipe import ExportSpec
@@ -158,7 +159,7 @@ def _write_tensorrt(
         forms.append(Form(
             f"tensorrt {engine.target}", f"{_PROVIDERS[record.provider]} {record.version}, {dtype}", engine.bytes,
             shared + engine.seconds, runner if mine else None, why,
-            _held(engine.fell_back, record.weights, engine.note), spec.to, kept,
+            _held(engine, record), spec.to, kept,
         ))  # fmt: skip
     return forms
 
@@ -178,12 +179,15 @@ def _engine_runner(kept: ExportFolder, model: Any, tokenizer: Any) -> tuple[_Eng
     return runner, ""
 
 
-def _held(fell_back: Mapping[str, str], weights: int, note: str) -> tuple[str, ...]:
-    if note:
-        return (note,)
-    if fell_back:
-        return (f"{len(fell_back)} of {weights} quantized weights fell back: {', '.join(fell_back)}",)
-    return (f"all {weights} quantized weights in their own type",) if weights else ()
+def _held(engine: BuiltEngine, record: EngineSet) -> tuple[str, ...]:
+    """What became of the quantized weights, read from the engine."""
+    if engine.note or not record.weights:
+        return (engine.note,) if engine.note else ()
+    notes = [f"all {record.weights} quantized weights in their own type"]
+    if engine.fell_back:
+        fallen = ", ".join(engine.fell_back)
+        notes = [f"{len(engine.fell_back)} of {record.weights} quantized weights fell back: {fallen}"]
+    return (*notes, *([products(engine, record.rounded)] if record.rounded else []))
 
 
 WRITERS: dict[str, Callable[..., list[Form]]] = {

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.backends.tensorrt.engine import SCHEMA, SIDECAR, BuiltEngine, EngineSet, Profile
-from optimizer.backends.tensorrt.plan import Weight, fell_back, read_plan
+from optimizer.backends.tensorrt.plan import Weight, fell_back, multiplied_otherwise, read_plan
 from optimizer.backends.tensorrt.provider import Provider, collecting_log, find_provider, this_gpu
 from optimizer.errors import ArtifactError, ModelError, UsageError
 
-_INT4_FROM = 80  # tensor cores before Ampere have no int4 that TensorRT compiles for
+_FIRST = {"int4": (80, "int8"), "fp4": (80, "int8"), "fp8_e4m3": (89, "int8")}
+"""The first architecture that TensorRT compiles each type for, and what older ones can have instead."""
 _REMEDIES = (
     (r"[Zz]ero point", "TensorRT knows symmetric weights only: quantize with `symmetric: true`"),
     (
@@ -28,7 +29,10 @@ _REMEDIES = (
     (r"int4", "Target sm80 or later, or export int8"),
 )
 """What to do about an error, by what its text says."""
-_SHORT = {"INT4": "int4", "FP4": "fp4", "INT8": "int8", "FP8": "fp8", "HALF": "half", "BF16": "bf16", "FLOAT": "float"}
+_SHORT = {
+    "INT4": "int4", "FP4": "fp4", "INT8": "int8", "FP8": "fp8_e4m3", "HALF": "half", "BF16": "bf16", "FLOAT": "float",
+}  # fmt: skip
+"""Types as a plan writes them, by TensorRT's name."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def build_engines(onnx: Path, out: Path, options: BuildOptions, provider: Provid
             built.append(_build(builder, network, log, target, inputs, weights, options, provider, staging))
         record = EngineSet(
             provider.name, provider.version, _sha256(onnx), options.profiles, inputs, outputs, tuple(built),
-            len(weights), _float32_layers(network, provider),
+            len(weights), sum(weight.rounded for weight in weights), _float32_layers(network, provider),
         )  # fmt: skip
         _write(staging / SIDECAR, json.dumps({"schema": SCHEMA} | asdict(record), indent=1).encode())
         if out.exists():
@@ -160,13 +164,38 @@ def _quantized_weights(network: Any, provider: Provider) -> tuple[Weight, ...]:
     constant = provider.module.LayerType.CONSTANT
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     made = {layer.get_output(0).name: layer for layer in layers if layer.type == constant}
+    rounded = _with_rounded_inputs(layers, provider)
     found = []
     for layer in layers:
         if layer.type != dequantize or layer.get_input(0).name not in made:
             continue
         tensor = layer.get_input(0)
-        found.append(Weight(layer.name, tuple(tensor.shape), _SHORT[tensor.dtype.name]))
+        found.append(Weight(layer.name, tuple(tensor.shape), _SHORT[tensor.dtype.name], layer.name in rounded))
     return tuple(found)
+
+
+def _with_rounded_inputs(layers: Sequence[Any], provider: Provider) -> set[str]:
+    """The names of dequantizations of weights whose product has quantized and dequantized inputs."""
+    kinds = provider.module.LayerType
+    maker = {layer.get_output(0).name: layer for layer in layers}
+
+    def origin(tensor: Any) -> Any:
+        layer = maker.get(tensor.name)
+        while layer is not None and layer.type == kinds.SHUFFLE:
+            layer = maker.get(layer.get_input(0).name)
+        return layer
+
+    found = set()
+    for layer in layers:
+        if layer.type != kinds.MATRIX_MULTIPLY:
+            continue
+        x, weight = (origin(layer.get_input(index)) for index in (0, 1))
+        if x is None or weight is None or {x.type, weight.type} != {kinds.DEQUANTIZE}:
+            continue
+        elements = origin(x.get_input(0))
+        if elements is not None and elements.type == kinds.QUANTIZE:
+            found.add(weight.name)
+    return found
 
 
 def _check(
@@ -181,9 +210,12 @@ def _check(
                     f"profile {profile.name!r}: {name} has {dim} up to {most}, and the model was made for "
                     f"{options.max_context} positions. Bound it by that."
                 )
-    old = [target for target in targets if int(target[2:]) < _INT4_FROM]
-    if old and any(weight.type in ("int4", "fp4") for weight in weights):
-        raise UsageError(f"{', '.join(old)} has no kernels for 4-bit weights. Target sm80 or later, or export int8.")
+    for kind in {weight.type for weight in weights} & _FIRST.keys():
+        first, instead = _FIRST[kind]
+        if old := [target for target in targets if int(target[2:]) < first]:
+            raise UsageError(
+                f"{', '.join(old)} has no kernels for {kind} weights. Target sm{first} or later, or export {instead}."
+            )
 
 
 def _build(
@@ -242,6 +274,8 @@ def _seen(content: bytes, weights: Sequence[Weight], profiles: int) -> dict[str,
         "constant_bytes": {kind: size // profiles for kind, size in plan.bytes_by_type().items()},
         "operations": len(plan.operations),
         "fell_back": fell_back(weights, plan, profiles),
+        "products": plan.products(),
+        "multiplied_otherwise": multiplied_otherwise(weights, plan, profiles),
     }
 
 

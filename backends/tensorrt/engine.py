@@ -57,7 +57,8 @@ class Profile:
 @dataclass(frozen=True)
 class BuiltEngine:
     """One engine and what was seen of it: bytes of constants by type as one profile reads them, and weights that fell
-    back, not held in their own type."""
+    back, not held in their own type; matrix products by the types of their operands over all profiles, and weights with
+    rounded inputs that are not multiplied as elements of one type."""
 
     target: str
     file: str
@@ -67,6 +68,8 @@ class BuiltEngine:
     constant_bytes: Mapping[str, int] = field(default_factory=dict)
     operations: int = 0
     fell_back: Mapping[str, str] = field(default_factory=dict)
+    products: Mapping[str, int] = field(default_factory=dict)
+    multiplied_otherwise: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
 
@@ -82,6 +85,8 @@ class EngineSet:
     outputs: Mapping[str, tuple[str, ...]]
     engines: tuple[BuiltEngine, ...]
     weights: int
+    rounded: int = 0
+    """Of the quantized weights, those whose inputs are rounded as well."""
     float32_layers: tuple[str, ...] = ()
     """Layers that compute in float32 although the network's own type is shorter, as its casts ask."""
 

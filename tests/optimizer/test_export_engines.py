@@ -39,13 +39,13 @@ def said(*arguments: str) -> dict[str, Any]:
     return found
 
 
-def artifact(folder: Path, model: str | Path, bits: int, symmetric: bool = True, group: int = 64) -> Path:
-    """A quantized artifact of `model`, not evaluated."""
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        "name: r\nevaluation: {tasks: {reference_cloze: 2}}\nfloors: [{metric: weights.ratio, at_most: 1}]\n"
-        f"passes: [{{name: quantize, bits: {bits}, group_size: {group}, symmetric: {str(symmetric).lower()}}}]\n"
-    )
+def artifact(folder: Path, model: str | Path, **options: Any) -> Path:
+    """An artifact of `model`, quantized with these options and not evaluated."""
+    recipe = folder / "recipe.json"  # JSON is YAML
+    recipe.write_text(json.dumps({
+        "name": "r", "evaluation": {"tasks": {"reference_cloze": 2}}, "calibration": {"samples": 8, "length": 64},
+        "passes": [{"name": "quantize", **options}], "floors": [{"metric": "weights.ratio", "at_most": 1.0}],
+    }))  # fmt: skip
     ran = CliRunner().invoke(
         app, ["quantize", str(model), "--recipe", str(recipe), "--out", str(folder / "artifact"), "--quiet"]
     )
@@ -67,7 +67,7 @@ def assert_held(found: dict[str, Any], kind: str, weights: int) -> None:
 
 
 def test_int4_engines_of_the_built_in_model(tmp_path: Path) -> None:
-    quantized = artifact(tmp_path, "reference", 4)
+    quantized = artifact(tmp_path, "reference", bits=4, group_size=64)
     found = engines_of(quantized, tmp_path / "out")
     assert_held(found, "int4", 6 * LINEARS)
     assert found["logit_difference"] <= found["logit_bound"]
@@ -88,17 +88,43 @@ def test_float_engines_of_the_built_in_model(tmp_path: Path, dtype: str, kind: s
 
 @pytest.mark.slow
 def test_int8_engines_of_the_built_in_model(tmp_path: Path) -> None:
-    assert_held(engines_of(artifact(tmp_path, "reference", 8, group=-1), tmp_path / "out"), "int8", 6 * LINEARS)
+    assert_held(engines_of(artifact(tmp_path, "reference", bits=8), tmp_path / "out"), "int8", 6 * LINEARS)
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "group", "remedy"),
-    [(4, False, 32, "symmetric: true"), (8, True, 32, "group_size: -1")],
+    ("options", "kind"),
+    [
+        ({"weights": "fp8-tensor", "activations": "fp8-static"}, "fp8_e4m3"),
+        pytest.param({"bits": 8, "activations": "int8-static", "smooth": True}, "int8", marks=pytest.mark.slow),
+    ],
+)
+def test_rounded_inputs_meet_weights_of_their_type(tmp_path: Path, options: dict[str, Any], kind: str) -> None:
+    quantized = artifact(tmp_path, tiny_llama(tmp_path / "model", layers=1), **options)
+    shape = ("--target", "sm89", "--target", "sm120", "--context", "64", "--prompt", "32")
+    found = said(str(quantized), "--to", "tensorrt", *shape, "--out", str(tmp_path / "out"))
+    assert found["weights"] == found["rounded"] == LINEARS
+    assert found["logit_difference"] <= found["logit_bound"]
+    for engine in found["engines"]:
+        assert not engine["fell_back"]
+        assert not engine["multiplied_otherwise"]
+        # In each profile, with query, key and value in one product and gate and up in another, or every one alone.
+        assert 2 * 4 <= engine["products"][f"{kind} × {kind}"] <= 2 * LINEARS
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"bits": 4, "symmetric": False, "group_size": 32}, "symmetric: true"),
+        ({"bits": 8, "group_size": 32}, "group_size: -1"),
+        ({"bits": 8, "activations": "int8"}, "activations: int8-static"),
+        ({"weights": "fp8", "activations": "fp8"}, "activations: fp8-static"),
+        ({"bits": 4, "group_size": 32, "activations": "int8-static"}, "quantize both to one type"),
+    ],
 )
 def test_what_tensorrt_cannot_express_is_refused_with_the_remedy(
-    tmp_path: Path, bits: int, symmetric: bool, group: int, remedy: str
+    tmp_path: Path, options: dict[str, Any], remedy: str
 ) -> None:
-    quantized = artifact(tmp_path, tiny_llama(tmp_path / "model"), bits, symmetric, group)
+    quantized = artifact(tmp_path, tiny_llama(tmp_path / "model", layers=1), **options)
     ran = run(str(quantized), "--to", "tensorrt", "--target", "sm89", "--out", str(tmp_path / "out"))
     assert ran.exit_code == 2
     assert remedy in ran.output

@@ -12,10 +12,11 @@ onnx = pytest.importorskip("onnx")
 K, N, GROUP = 512, 1024, 128
 
 
-def linear(
-    folder: Path, kind: str, *, rows: str = "batch", zero_point: int = 0, shape: tuple[int, int] = (K, N)
-) -> Path:
-    """`y = x @ dequantize(w)`, x `[batch, sequence, K]` fp16, as an ONNX file; kind fp16, int8 or int4."""
+def linear(folder: Path, kind: str, *, zero_point: int = 0, rounded: bool = False) -> Path:
+    """`y = x @ dequantize(w)`, x `[batch, sequence, K]` fp16, as an ONNX file; kind fp16, int8, fp8 or int4.
+
+    With `rounded` x is quantized to the type of the weight and back, by one scale.
+    """
     from onnx import TensorProto as T
     from onnx import helper as h
     from onnx import numpy_helper as nh
@@ -28,6 +29,10 @@ def linear(
         constants = [nh.from_array(rng.standard_normal((k, n)).astype(np.float16), "w")]
     elif kind == "int8":
         constants = [nh.from_array(rng.integers(-127, 128, (k, n)).astype(np.int8), "q"), nh.from_array(scale, "s")]
+        nodes = [h.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=1, name="dq")]
+    elif kind == "fp8":
+        codes = rng.integers(0, 120, k * n).astype(np.uint8).tobytes()
+        constants = [h.make_tensor("q", T.FLOAT8E4M3FN, (k, n), codes, raw=True), nh.from_array(scale, "s")]
         nodes = [h.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=1, name="dq")]
     else:
         codes = rng.integers(-8, 8, k * n).astype(np.int8)
@@ -43,7 +48,13 @@ def linear(
             constants.append(h.make_tensor("z", T.INT4, (k // GROUP, n), bytes([both]) * (count // 2), raw=True))
             names.append("z")
         nodes = [h.make_node("DequantizeLinear", names, ["w"], axis=0, block_size=GROUP, name="dq")]
-    nodes.append(h.make_node("MatMul", ["x", "w"], ["y"], name="product"))
+    given = "x"
+    if rounded:
+        given, elements = "rounded", {"int8": T.INT8, "fp8": T.FLOAT8E4M3FN}[kind]
+        constants.append(nh.from_array(np.array(0.05, np.float16), "t"))
+        nodes.append(h.make_node("QuantizeLinear", ["x", "t"], ["elements"], output_dtype=elements, name="q_x"))
+        nodes.append(h.make_node("DequantizeLinear", ["elements", "t"], ["rounded"], name="dq_x"))
+    nodes.append(h.make_node("MatMul", [given, "w"], ["y"], name="product"))
     x = h.make_tensor_value_info("x", T.FLOAT16, ["batch", "sequence", k])
     y = h.make_tensor_value_info("y", T.FLOAT16, ["batch", "sequence", n])
     return save(folder, h.make_graph(nodes, "g", [x], [y], constants))

@@ -12,7 +12,15 @@ pytest.importorskip("tensorrt_rtx_bindings")
 
 from optimizer.backends.tensorrt.build import BuildOptions, build_engines
 from optimizer.backends.tensorrt.engine import Profile, checked_engine, read_engines
-from optimizer.backends.tensorrt.plan import Plan, PlanConstant, Weight, fell_back, read_plan
+from optimizer.backends.tensorrt.plan import (
+    Plan,
+    PlanConstant,
+    PlanOperation,
+    Weight,
+    fell_back,
+    multiplied_otherwise,
+    read_plan,
+)
 from optimizer.backends.tensorrt.provider import KNOWN, Provider, find_provider
 from optimizer.errors import ArtifactError, DeviceError, ModelError, UsageError
 from tests.backends.tensorrt.onnx_graphs import K, N, linear, unsupported
@@ -25,6 +33,44 @@ BOTH = BuildOptions((PREFILL, DECODE), ("sm89",))
 @pytest.fixture(scope="module")
 def rtx() -> Provider:
     return find_provider("tensorrt_rtx")
+
+
+@pytest.mark.parametrize(("kind", "type"), [("int8", "int8"), ("fp8", "fp8_e4m3")])
+def test_rounded_inputs_meet_weights_of_their_type(tmp_path: Path, rtx: Provider, kind: str, type: str) -> None:
+    made = build_engines(linear(tmp_path, kind, rounded=True), tmp_path / "out", BOTH, rtx)
+    (engine,) = made.engines
+    assert (made.weights, made.rounded) == (1, 1)
+    assert not engine.fell_back
+    assert not engine.multiplied_otherwise
+    assert engine.products == {f"{type} × {type}": 2}  # one a profile
+    assert engine.constant_bytes[type] == K * N
+    assert read_engines(tmp_path / "out") == made
+
+
+def test_a_weight_alone_is_decoded_for_its_product(tmp_path: Path, rtx: Provider) -> None:
+    made = build_engines(linear(tmp_path, "int8"), tmp_path / "out", BOTH, rtx)
+    assert (made.weights, made.rounded) == (1, 0)
+    assert "int8 × int8" not in made.engines[0].products
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_fp8_before_ada_is_refused(tmp_path: Path, rtx: Provider, rounded: bool) -> None:
+    options = BuildOptions((DECODE,), ("sm89", "sm86"))
+    with pytest.raises(UsageError, match=r"sm86 has no kernels for fp8_e4m3 weights\. Target sm89 or later"):
+        build_engines(linear(tmp_path, "fp8", rounded=rounded), tmp_path / "out", options, rtx)
+
+
+def test_a_product_of_other_types_is_named() -> None:
+    def product(*operands: str) -> PlanOperation:
+        return PlanOperation("fully_connected", "p", ("p", "dq"), operands)
+
+    weight = Weight("dq", (4, 8), "int8", rounded=True)
+    right = product("int8", "int8")
+    assert multiplied_otherwise([weight], Plan((), (right, right)), profiles=2) == {}
+    assert multiplied_otherwise([Weight("dq", (4, 8), "int8")], Plan((), ())) == {}
+    found = multiplied_otherwise([weight], Plan((), (right, product("half", "half"))), profiles=2)
+    assert found == {"dq": "1 of 2 products are int8 × int8; there is half × half"}
+    assert multiplied_otherwise([weight], Plan((), ())) == {"dq": "0 of 1 products are int8 × int8"}
 
 
 @pytest.mark.parametrize(("kind", "held", "bits"), [("fp16", "half", 16), ("int8", "int8", 8), ("int4", "int4", 4)])
@@ -70,7 +116,7 @@ def test_asymmetric_int4_is_refused_with_the_remedy(tmp_path: Path, rtx: Provide
 
 
 def test_int4_before_ampere_is_refused(tmp_path: Path, rtx: Provider) -> None:
-    with pytest.raises(UsageError, match="sm75 has no kernels for 4-bit"):
+    with pytest.raises(UsageError, match="sm75 has no kernels for int4 weights"):
         build_engines(linear(tmp_path, "int4"), tmp_path / "out", BuildOptions((DECODE,), ("sm75",)), rtx)
 
 
