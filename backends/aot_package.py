@@ -9,7 +9,8 @@ The package holds up to three entries that share their weights:
 
 Each takes `(tokens, start [1], padding [B], keys, values)`: the slot of the first token, how many slots of each row are
 left padding, and L tensors `[B, H_kv, C, D]` for keys and for values, written in place at `start … start + S`. Logits
-are float32. B and C are fixed when the package is made.
+are float32. B and C are fixed when the package is made. A layer with a sliding window keeps all C slots, and a mask
+hides what lies before the window. `aot_export` makes packages.
 
 Compiled quantized layers call our ops, so loading needs those registered: `package.json` lists them, and
 `import optimizer.backends.linear` registers them all. An unquantized model needs none. The package is machine code for
@@ -20,29 +21,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from optimizer.backends.linear import weight_bytes
 from optimizer.backends.runner import BaseRunner, Ledger
-from optimizer.errors import ArtifactError, DeviceError, ModelError, UsageError
+from optimizer.errors import ArtifactError, DeviceError, UsageError
 
 PACKAGE, SIDECAR = "model.pt2", "package.json"
 SCHEMA = 1
-_INDUCTOR = {
-    "aot_inductor.package": True,
-    "aot_inductor.package_constants_in_so": False,  # one copy of the weights, whatever the number of entries
-    "aot_inductor.package_constants_on_disk_format": "pickle_weights",
-}
 
 
 @dataclass(frozen=True)
@@ -71,121 +61,6 @@ class PackageRecord:
         return self.batch, self.kv_heads, self.context, self.head_dim
 
 
-class _Cache:
-    """Caller-owned keys and values as transformers' models use a cache: `update` writes in place and returns all."""
-
-    is_compileable = True
-
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], slots: Tensor) -> None:
-        self.keys, self.values, self.slots = keys, values, slots
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self.slots, key)
-        values.index_copy_(2, self.slots, value)
-        return keys, values
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0  # positions and mask are given; nothing is left to derive from a length
-
-
-class _Step(nn.Module):
-    """The model over caller-owned storage; see the module for its inputs."""
-
-    def __init__(self, model: nn.Module, *, all_logits: bool) -> None:
-        super().__init__()
-        self.model, self.all_logits = model, all_logits
-
-    def forward(
-        self, tokens: Tensor, start: Tensor, padding: Tensor, keys: list[Tensor], values: list[Tensor]
-    ) -> Tensor:
-        slots = start + torch.arange(tokens.shape[1], device=tokens.device)
-        columns = torch.arange(keys[0].shape[2], device=tokens.device)
-        causal = columns[None, None, :] <= slots[None, :, None]
-        visible = causal & (columns[None, None, :] >= padding[:, None, None])
-        # A padded row would see nothing, and a softmax over nothing is NaN: it sees itself.
-        visible = visible | (columns[None, None, :] == slots[None, :, None])
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=visible[:, None],
-            position_ids=(slots[None, :] - padding[:, None]).clamp(min=0),
-            past_key_values=_Cache(keys, values, slots),
-            use_cache=True,
-            logits_to_keep=0 if self.all_logits else 1,
-        )
-        logits = out.logits.float()
-        return logits if self.all_logits else logits[:, -1]  # type: ignore[no-any-return]
-
-
-def export_package(
-    model: Any,
-    out: Path,
-    *,
-    batch: int = 1,
-    context: int = 1024,
-    scoring: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> PackageRecord:
-    """Compile `model` for `batch` rows and up to `context` tokens into the folder `out`, and say what it holds.
-
-    Without `scoring` there is no `score` entry, and such a package can be served but not evaluated. An existing package
-    stays until the new one is complete.
-
-    Raises `ModelError` where `torch.export` cannot follow the model or its attention keeps anything but plain keys and
-    values, `UsageError` for a context that the model does not have.
-    """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or context
-    if not 2 <= context <= limit or batch < 1:
-        raise UsageError(f"batch {batch} and context {context}: give at least 1 row and 2 to {limit} tokens.")
-    windowed = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if windowed or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)):
-        raise ModelError(
-            f"{type(model).__name__} has layers of {', '.join(sorted(windowed)) or 'sliding windows'}, and a package "
-            "attends to the whole context in every layer. Serve it with `decode`."
-        )
-    if out.exists() and not (out / SIDECAR).is_file():
-        raise UsageError(f"{out} exists and is no package. Name a new folder.")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    shape = (batch, heads, context, head_dim)
-    entries = ("decode", "prefill", "score")[: 3 if scoring else 2]
-    began = time.perf_counter()
-    files: dict[str, Any] = {}
-    ops: set[str] = set()
-    for done, name in enumerate(entries):
-        if progress is not None:
-            progress(name, done, len(entries))
-        with warnings.catch_warnings():  # torch.export warns of its own use of what torch deprecates
-            warnings.simplefilter("ignore")
-            program = _exported(model.eval(), name, shape, config.num_hidden_layers, device, dtype)
-            compiled = torch._inductor.aot_compile(program.module(), *program.example_inputs, options=dict(_INDUCTOR))
-        ops |= {str(node.target) for node in program.graph.nodes if str(node.target).startswith("optimizer.")}
-        files[name] = compiled
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-        staging = Path(name) / "package"
-        staging.mkdir()
-        from torch._inductor.package.package import package_aoti
-
-        package_aoti(str(staging / PACKAGE), files)
-        for paths in files.values():
-            shutil.rmtree(Path(paths[0]).parent, ignore_errors=True)
-        record = PackageRecord(
-            batch, context, config.num_hidden_layers, heads, head_dim, config.vocab_size,
-            str(dtype).removeprefix("torch."), entries, tuple(sorted(op.removesuffix(".default") for op in ops)),
-            torch.__version__, device.type, _isa(device), weight_bytes(model), _sha256(staging / PACKAGE),
-            time.perf_counter() - began,
-        )  # fmt: skip
-        model.config.to_json_file(staging / "config.json")
-        (staging / SIDECAR).write_text(json.dumps({"schema": SCHEMA} | asdict(record), indent=1), encoding="utf-8")
-        if out.exists():
-            out.rename(Path(name) / "old")
-        staging.rename(out)
-    return record
-
-
 def read_package(folder: Path) -> PackageRecord:
     """The record of a package folder. Raises `ArtifactError` where there is none, or of another schema."""
     try:
@@ -205,9 +80,9 @@ def load_package(folder: Path, tokenizer: Any = None) -> PackageRunner:
     """
     record = read_package(folder)
     path = folder / PACKAGE
-    if path.is_symlink() or not path.is_file() or _sha256(path) != record.sha256:
+    if path.is_symlink() or not path.is_file() or sha256_of(path) != record.sha256:
         raise ArtifactError(f"{path} is missing or not as it was written: its sha256 is not {SIDECAR}'s. Export again.")
-    here = (torch.__version__, _isa(torch.device(record.device)))
+    here = (torch.__version__, isa_of(torch.device(record.device)))
     if record.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"{folder} was compiled for a GPU, and PyTorch sees none. Export it on this machine.")
     if here != (record.torch, record.isa):
@@ -277,34 +152,14 @@ class PackageRunner(BaseRunner):
         return logits
 
 
-def _exported(
-    model: nn.Module, entry: str, shape: tuple[int, ...], layers: int, device: torch.device, dtype: torch.dtype
-) -> Any:
-    batch, _, context, _ = shape
-    length = 1 if entry == "decode" else min(8, context)
-    tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
-    keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2))
-    start = torch.zeros(1, dtype=torch.long, device=device)
-    padding = torch.zeros(batch, dtype=torch.long, device=device)
-    free = None if entry == "decode" else {1: torch.export.Dim("length", min=2, max=context)}
-    dims = (free, None, None, [None] * layers, [None] * layers)
-    try:
-        with torch.no_grad():
-            return torch.export.export(
-                _Step(model, all_logits=entry == "score"), (tokens, start, padding, keys, values), dynamic_shapes=dims
-            )
-    except Exception as error:
-        raise ModelError(
-            f"torch.export cannot follow {type(model).__name__} ({entry}): {str(error).strip().splitlines()[0][:400]}"
-        ) from error
-
-
-def _isa(device: torch.device) -> str:
+def isa_of(device: torch.device) -> str:
+    """The instruction set, or the architecture of the GPU, that a package for `device` is compiled for here."""
     if device.type != "cuda":
         return torch.backends.cpu.get_cpu_capability()
     return "sm{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "none"
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from optimizer.artifact import ManifestInfo, SourceRecord, write_artifact
-from optimizer.backends.aot_package import PackageRecord, export_package, load_package
+from optimizer.backends.aot_export import export_package
+from optimizer.backends.aot_package import PackageRecord, load_package
 from optimizer.backends.onnx_export import MODEL_FILE, float_copy
 from optimizer.backends.tensorrt.build import BuildOptions, build_engines, targets_of
 from optimizer.backends.tensorrt.engine import BuiltEngine, EngineSet, Profile
