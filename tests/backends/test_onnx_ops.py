@@ -223,6 +223,35 @@ def test_rounded_inputs_multiply_the_elements_of_the_quantizer(name: str, rounde
     assert ((found - expected).abs() <= bound).all()
 
 
+STATIC = ["w8a8-static", "fp8-static"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[QuantizedLinear], Any, Any, Tensor]:
+    """Layers with static inputs; their graph in TensorRT's dialect, its session and an input with outliers."""
+    file = tmp_path_factory.mktemp("onnx") / "pairs.onnx"
+    own = nn.Sequential(*(layer(*FORMATS[name], seed) for seed, name in enumerate(STATIC)))
+    translate(own, torch.float32, dialect="tensorrt")
+    session, x = exported_session(Bank(own), file, STATIC)
+    layers = [layer(*FORMATS[name], seed) for seed, name in enumerate(STATIC)]
+    return layers, onnx.load(str(file)).graph, session, x
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_tensorrt_gets_elements_on_both_sides_of_a_product(name: str, pairs: Any) -> None:
+    layers, graph, session, x = pairs
+    made = {output: node for node in graph.node for output in node.output}
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    assert [[made[i].op_type for i in node.input] for node in products] == [["DequantizeLinear"] * 2] * len(STATIC)
+    module = layers[STATIC.index(name)]
+    given = quantize_activation(x, module.activation, module.input_scale).double()  # x is beyond the scale: saturates
+    weight = module.stored_weight().dequantize().double()
+    expected = given @ weight.T + (0 if module.bias is None else module.bias.double())
+    terms = given.abs() @ weight.T.abs()
+    found = session.run([name], {"x": x.numpy()})[0]
+    assert (np.abs(found - expected.numpy()) <= K * 2**-24 * terms.numpy() + 1e-6).all()
+
+
 def test_norms_become_the_form_that_the_runtime_joins() -> None:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -21,7 +21,9 @@ from optimizer.backends.onnx_runner import OnnxRunner
 from optimizer.errors import DeviceError, ModelError, PassError, UsageError
 from optimizer.export_forms import ExportedRunner
 from optimizer.passes.decode import Decode
+from optimizer.progress import Progress
 from optimizer.recipe import Recipe
+from tests.optimizer.quantized_models import fresh_llama
 from tests.optimizer.small_jobs import without_measuring_the_machine
 from tests.optimizer.tiny_models import tiny_llama
 
@@ -38,7 +40,8 @@ def recipe(**changes: Any) -> Recipe:
 
 
 ENGINES = {"to": "tensorrt", "targets": ["sm89"]}
-needs_tensorrt = pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="needs TensorRT for RTX")
+HAS_TENSORRT = find_spec("tensorrt_rtx_bindings") is not None
+needs_tensorrt = pytest.mark.skipif(not HAS_TENSORRT, reason="needs TensorRT for RTX")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
 
 
@@ -58,8 +61,11 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_graph_is_judged_and_saved(tmp_path: Path) -> None:
-    result = optimize(tiny_llama(tmp_path / "model"), recipe(), out=tmp_path / "artifact")
+def test_the_graph_is_judged_and_saved(tmp_path: Path, temporary: Path) -> None:
+    """And engines, which cannot run here, have their row and ride along UNGATED."""
+    engines = [ENGINES | {"context": 64}] if HAS_TENSORRT else []
+    model = tiny_llama(tmp_path / "model", layers=1)
+    result = optimize(model, recipe(export=[{"to": "onnx"}, *engines]), out=tmp_path / "artifact")
     assert result.passed
     assert isinstance(result.model, ExportedRunner)
     kernels = {layer.kernel for layer in result.report.layers if layer.format.startswith("int4")}
@@ -75,28 +81,50 @@ def test_the_graph_is_judged_and_saved(tmp_path: Path) -> None:
     tokens = torch.tensor([[40, 41, 42, 43]])
     expected = result.model.generate(tokens, max_new_tokens=6)
     assert torch.equal(loaded.generate(tokens, max_new_tokens=6), expected)
-    forms = {form.name: form for form in result.report.forms}
-    assert list(forms) == ["original", "pytorch", "onnx"]
-    assert [form.released for form in forms.values()] == [False, False, True]
-    assert forms["onnx"].bytes == held
-    assert forms["original"].bytes == result.outcome.baseline_weight_bytes
+    assert_side_by_side(result)
+    if engines and not torch.cuda.is_available():
+        assert_rides_along(result.report, tmp_path / "artifact")
+    del result
+    assert not list(temporary.iterdir())
+
+
+def assert_side_by_side(result: Any) -> None:
+    """Every form that was measured has the figures of the run, the released one those that the floors judged."""
+    forms, outcome = {form.name: form for form in result.report.forms}, result.outcome
+    assert list(forms)[:3] == ["original", "pytorch", "onnx"]
+    assert [name for name, form in forms.items() if form.released] == ["onnx"]
+    assert forms["onnx"].bytes == outcome.evidence["weights.bytes"].value
+    assert forms["original"].bytes == outcome.baseline_weight_bytes
     cell = result.report.speed[0]
     assert forms["onnx"].tpot_seconds == cell.optimized.tpot_seconds.p50
     assert forms["original"].ttft_seconds == cell.baseline.ttft_seconds.p50
+    assert forms["pytorch"].tpot_seconds == outcome.speed.others["pytorch"].tpot.p50
     entries = {entry.label: entry for entry in result.report.quality}
     for name in ("onnx", "pytorch"):
-        assert forms[name].tpot_seconds
-        assert forms[name].build_seconds
+        assert forms[name].build_seconds > 0
         for score, of_original in zip(forms[name].scores, forms["original"].scores, strict=True):
             assert score.label == of_original.label
             assert of_original.value == entries[score.label].baseline
             if name == "onnx":
-                assert (score.value, score.ratio_low) == (
-                    entries[score.label].optimized, entries[score.label].ratio_low
-                )  # fmt: skip
-    folder = result.model.folder
-    del result
-    assert not folder.exists()
+                entry = entries[score.label]
+                assert (score.value, score.ratio_low) == (entry.optimized, entry.ratio_low)
+
+
+def assert_rides_along(report: Any, artifact: Path) -> None:
+    form = report.forms[-1]
+    assert (form.name, form.released) == ("tensorrt sm89", False)
+    assert form.missing == "not measured: PyTorch sees no GPU here"
+    assert (form.ttft_seconds, form.tpot_seconds, form.scores) == (None, None, [])
+    rides = artifact / "ungated" / "tensorrt"
+    assert form.bytes == (rides / "engines" / "sm89.engine").stat().st_size
+    assert form.build_seconds > 0
+    assert form.notes == ["all 7 quantized weights in their own type"]
+    for shown in (report.to_markdown(), report.to_html()):
+        assert form.missing in shown
+    assert (read_manifest(artifact).verdict, read_manifest(rides).verdict) == ("passed", "ungated")
+    assert verify_artifact(rides) == []
+    with pytest.raises(DeviceError, match="sees no GPU"):
+        load(rides)
 
 
 @pytest.mark.parametrize(
@@ -111,39 +139,14 @@ def test_passes_that_the_graph_would_not_have_are_refused(tmp_path: Path, change
         optimize(tiny_llama(tmp_path / "model"), recipe(**changes))
 
 
-@no_gpu
-@needs_tensorrt
-def test_what_cannot_run_here_has_its_row_and_rides_along_ungated(tmp_path: Path, temporary: Path) -> None:
-    model = tiny_llama(tmp_path / "model", layers=1)
-    result = optimize(model, recipe(export=[{"to": "onnx"}, ENGINES | {"context": 64}]), out=tmp_path / "artifact")
-    assert result.passed
-    form = result.report.forms[-1]
-    assert (form.name, form.released) == ("tensorrt sm89", False)
-    assert form.missing == "not measured: PyTorch sees no GPU here"
-    assert (form.ttft_seconds, form.tpot_seconds, form.scores) == (None, None, [])
-    rides = tmp_path / "artifact" / "ungated" / "tensorrt"
-    assert form.bytes == (rides / "engines" / "sm89.engine").stat().st_size
-    assert form.build_seconds > 0
-    assert form.notes == ["all 7 quantized weights in their own type"]
-    for shown in (result.report.to_markdown(), result.report.to_html()):
-        assert form.missing in shown
-    assert (read_manifest(tmp_path / "artifact").verdict, read_manifest(rides).verdict) == ("passed", "ungated")
-    assert verify_artifact(tmp_path / "artifact") == verify_artifact(rides) == []
-    assert isinstance(load(tmp_path / "artifact"), OnnxRunner)
-    with pytest.raises(DeviceError, match="sees no GPU"):
-        load(rides)
-    del result
-    assert not list(temporary.iterdir())
-
-
-def test_a_compiler_that_fails_is_the_reason_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_the_reason_of_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("no compiler here\nand more")
 
-    monkeypatch.setattr(export_job.Decode.func, "run", fails)
-    forms = optimize(tiny_llama(tmp_path / "model", layers=1), recipe()).report.forms
-    assert forms[1].missing == "not measured: RuntimeError: no compiler here"
-    assert forms[2].released
+    monkeypatch.setattr(Decode, "run", fails)
+    form = export_job.pytorch_form(fresh_llama(layers=1), None, recipe(), Progress())
+    assert form.runner is None
+    assert form.reason == "RuntimeError: no compiler here"
 
 
 @no_gpu
@@ -172,19 +175,22 @@ def test_engines_for_another_gpu_are_not_judged_on_this_one(tmp_path: Path, monk
         optimize(tiny_llama(tmp_path / "model", layers=1), recipe(export=ENGINES | {"targets": ["sm89", "sm120"]}))
 
 
-def test_a_second_export_that_fails_ends_the_job_and_leaves_nothing(
-    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_export_that_fails_leaves_nothing_of_the_first(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def writes(_model: Any, _tokenizer: Any, kept: export_forms.ExportFolder, *_: Any) -> list[export_forms.Form]:
+        (kept.path / "model.onnx").write_bytes(b"graph")
+        return [export_forms.Form("onnx", "ONNX Runtime", 5, folder=kept)]
+
     def fails(*_: Any) -> None:
+        assert list(temporary.glob("*/model.onnx"))
         raise ModelError("it cannot be followed")
 
+    monkeypatch.setitem(export_forms.WRITERS, "onnx", writes)
     monkeypatch.setitem(export_forms.WRITERS, "aot", fails)
+    both = recipe(export=[{"to": "onnx"}, {"to": "aot"}])
     with pytest.raises(ModelError, match="cannot be followed"):
-        optimize(
-            tiny_llama(tmp_path / "model", layers=1), recipe(export=[{"to": "onnx"}, {"to": "aot"}]),
-            out=tmp_path / "artifact",
-        )  # fmt: skip
-    assert not (tmp_path / "artifact").exists()
+        export_job.exported_forms(fresh_llama(layers=1), None, both, Progress())
     assert not list(temporary.iterdir())
 
 
