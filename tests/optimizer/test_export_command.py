@@ -371,6 +371,14 @@ def test_rehearsal_sees_a_difference(runners: Any) -> None:
     assert rehearse(float_copy(fresh_llama(layers=1, seed=3), torch.float32), runner) > 0.1
 
 
+@pytest.mark.parametrize(("own", "allowed"), [(0.01, 0.05), (0.05, 0.1), (0.4, 0.15), (float("nan"), 0.05)])
+def test_the_bound_of_a_sensitive_model_is_measured_and_limited(
+    own: float, allowed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_command, "rehearse", lambda *_: own)
+    assert export_command._sensitive_bound(fresh_llama(layers=1), 0.05) == pytest.approx(allowed)
+
+
 def test_eval_and_bench_take_an_export(folders: Any) -> None:
     ran = CliRunner().invoke(
         app, ["bench", str(folders[1]), "--prompt", "8", "--output", "4", "--repeats", "3", "--json", "--quiet"]

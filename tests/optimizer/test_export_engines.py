@@ -66,6 +66,7 @@ def assert_held(found: dict[str, Any], kind: str, weights: int) -> None:
         assert engine["constant_bytes"][kind] > 0
 
 
+@pytest.mark.slow
 def test_int4_engines_of_the_built_in_model(tmp_path: Path) -> None:
     quantized = artifact(tmp_path, "reference", bits=4, group_size=64)
     found = engines_of(quantized, tmp_path / "out")
