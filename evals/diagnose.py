@@ -9,33 +9,34 @@ first: the profiler's own time is never reported as the model's. Kernels and lay
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optimizer.errors import UsageError
 from optimizer.evals.architecture import from_module
 from optimizer.evals.ceilings import Ceilings
 from optimizer.evals.crossovers import Crossover, binding, crossovers
 from optimizer.evals.interventions import Intervention, Situation, interventions
-from optimizer.evals.memory_probe import MemoryKind, Operation, Probe, probe_memory, working_sets
+from optimizer.evals.linear_probe import linears_at, linears_of
+from optimizer.evals.memory_probe import MemoryKind, Probe, probe_memory, working_sets
 from optimizer.evals.placement import Placed, place
-from optimizer.evals.profiling import event_seconds, named_kernels, record
+from optimizer.evals.profiling import event_seconds, named_kernels
+from optimizer.evals.recorded import PROFILED_TOKENS, Recorded, record_steps
 from optimizer.evals.roofline import ModelShape, Precision, Roofline, StepCost
 from optimizer.evals.runner import Runner
-from optimizer.evals.timing import Summary, Workload, measure_generation
-from optimizer.evals.trace import TERM_NAMES, Overheads, Split, call_seconds, merged, scaled, split, windows
+from optimizer.evals.timing import GenerationTiming, Summary, Workload, measure_generation
+from optimizer.evals.trace import TERM_NAMES, scaled
 from optimizer.evals.verdicts import Facts, Phase, Verdict, judge_phase
-
-PROFILED_TOKENS = 16
-"""Tokens of a profiled generation: steps enough to choose the undisturbed half of them."""
 
 LEAST_OUTPUT = 4
 
-PROBED_LAYERS = 64
-"""Linears that the sweep over working sets runs at most."""
+BOX_SECONDS = 10.0
+"""What the repetitions of one part may take: timing a phase, recording it, or a sweep. One of each is always made."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,25 @@ def diagnose(
     context: int | None = None,
     shape: ModelShape | None = None,
     probe: Probe | None = None,
+    timing: GenerationTiming | None = None,
+    sweep: bool = True,
     repeats: int = 5,
+    box_seconds: float = BOX_SECONDS,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    progress: Callable[[str, float, float], object] = lambda *_: None,
 ) -> Diagnosis:
     """Diagnose the prefill and the decode step of `workload` by a runner.
 
     `context` is what a decode step sees, where that is not the workload's own prompt and half its output. `shape`
     counts what the model must do, and is read from `runner.model` unless given. `probe` is the operation
-    that a memory-bound step rests on; without it the model's linears are run. What is compiled meanwhile names its
-    kernels; a step compiled before does not, and what its kernels take is then part of `launch`.
+    that a memory-bound step rests on; without it the model's linears are run, or nothing without `sweep`. What is
+    compiled meanwhile names its kernels; a step compiled before does not, and what its kernels take is then part of
+    `launch`.
+
+    `timing` is that of the workload, if it has been measured already. Otherwise generations are timed `repeats` times,
+    and recorded a few times more; of long ones only as many as `box_seconds` hold, for each phase and each of the two,
+    and one at least. `stage` is entered with the name of each of these, `progress` told how many are done.
 
     Raises:
         UsageError: a workload longer than the runner's context, or neither a shape nor a model to read it from.
@@ -135,26 +145,39 @@ def diagnose(
             f"context={context!r} must be at least 1 and output={workload.output} at least {LEAST_OUTPUT}: the steps "
             "that are looked at come after a prompt and two tokens"
         )
+    if not box_seconds >= 0:
+        raise UsageError(f"box_seconds={box_seconds!r} is the time of repetitions; it must be a number of at least 0")
     roofline_peak = peak_flops(runner, ceilings)
     jobs: dict[Phase, Workload] = {"prefill": workload, "decode": workload}
-    if context != middle:
+    if context != middle:  # the first token of one workload, the later ones of another
         output = min(workload.output, PROFILED_TOKENS)
+        jobs["prefill"] = Workload(workload.batch, workload.prompt, 2)
         jobs["decode"] = Workload(workload.batch, max(1, context - output // 2), output)
+    timings = {} if timing is None else {timing.workload: timing}
     per_event = event_seconds()
     situations, phases = [], []
     with named_kernels():
-        for index, (phase, job) in enumerate(jobs.items()):
-            times = _seconds(runner, job, phase, repeats, seed)
-            average, wall, overheads = _recorded(runner, job, phase, shape, model, per_event, seed)
-            facts = _facts(
-                phase, scaled(average, times.median), job, context, shape, ceilings, roofline_peak, overheads
-            )
-            found = _diagnosed(facts, shape, model, probe, (wall, times), runner.device, ceilings.bandwidth)
+        for phase, job in jobs.items():
+            if job not in timings:
+                with stage(f"time generations of {job.batch} × {job.prompt} + {job.output} tokens"):
+                    timings[job] = measure_generation(
+                        {"runner": runner}, job, repeats=repeats, seed=seed, box_seconds=box_seconds,
+                        progress=partial(progress, "generations"),
+                    )["runner"]  # fmt: skip
+            with stage(f"record {phase}"):
+                recorded = record_steps(
+                    runner, phase, timings[job], shape, model, per_event, seed=seed, box_seconds=box_seconds
+                )
+            times = timings[job].ttft if phase == "prefill" else timings[job].tpot
+            facts = _facts(phase, recorded, times, job, context, shape, ceilings, roofline_peak)
+            with stage(f"judge {phase}"):
+                found = _diagnosed(
+                    facts, shape, model if sweep else None, probe, (recorded.seconds, times), runner.device,
+                    ceilings.bandwidth, box_seconds,
+                )  # fmt: skip
             phases.append(found)
             seconds_of = {layer.name: layer.seconds for layer in found.layers}
             situations.append(Situation(facts, shape, ceilings.matmul_flops, seconds_of))
-            if progress is not None:
-                progress(index + 1, len(jobs))
     decode = situations[1].facts
     return Diagnosis(
         tuple(phases),
@@ -184,47 +207,20 @@ def _shape_of(runner: Runner, model: nn.Module) -> ModelShape:
     return shape.cached_as(Precision(max(1, round(8 * shape.element_bytes * kept / plain))))
 
 
-def _seconds(runner: Runner, job: Workload, phase: Phase, repeats: int, seed: int) -> Summary:
-    """The unprofiled times of the phase."""
-    timing = measure_generation({"runner": runner}, job, repeats=repeats, seed=seed)["runner"]
-    return timing.ttft if phase == "prefill" else timing.tpot
-
-
-def _recorded(
-    runner: Runner, job: Workload, phase: Phase, shape: ModelShape, model: nn.Module | None, per_event: float,
-    seed: int,
-) -> tuple[Split, float, Overheads]:  # fmt: skip
-    """The least disturbed quarter of the profiled steps of a phase, the shortest step, and what calls and events cost.
-
-    Neighbours only ever slow a step down.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(
-        min(1, runner.vocab_size - 1), runner.vocab_size, (job.batch, job.prompt), generator=generator
-    )
-    tokens: Tensor = prompts.to(runner.device)
-    layers = frozenset(op.name for op in shape.ops)
-    output, rounds = (1, 5) if phase == "prefill" else (min(job.output, PROFILED_TOKENS), 2)
-    events = record(runner, tokens, output, model, layers, rounds)
-    overheads = Overheads(per_event, call_seconds(events) or 0.0)
-    spans = windows(events, first=phase == "prefill")
-    steps = sorted((split(events, start, end, overheads) for start, end in spans), key=lambda one: one.seconds)
-    return merged(steps[: max(1, len(steps) // 4)]), min(end - start for start, end in spans), overheads
-
-
 def _facts(
-    phase: Phase, found: Split, job: Workload, context: int, shape: ModelShape, ceilings: Ceilings, peak: float,
-    overheads: Overheads,
+    phase: Phase, recorded: Recorded, times: Summary, job: Workload, context: int, shape: ModelShape,
+    ceilings: Ceilings, peak: float,
 ) -> Facts:  # fmt: skip
-    """A phase with what it must do and the roofline at its working set."""
+    """A phase as it runs unprofiled, with what it must do and the roofline at its working set."""
+    found = scaled(recorded.split, times.median)
     cost = shape.prefill(job.batch, job.prompt) if phase == "prefill" else shape.decode(job.batch, context)
     roofline = Roofline(peak, ceilings.bandwidth(max(cost.required_bytes, 1)))
-    return Facts(phase, found, cost, roofline, overheads, found.compiled)
+    return Facts(phase, found, cost, roofline, recorded.overheads, found.compiled)
 
 
 def _diagnosed(
     facts: Facts, shape: ModelShape, model: nn.Module | None, probe: Probe | None, measured: tuple[float, Summary],
-    device: torch.device, bandwidth: Callable[[float], float],
+    device: torch.device, bandwidth: Callable[[float], float], box_seconds: float,
 ) -> PhaseDiagnosis:  # fmt: skip
     """Place, judge, and put together."""
     cost, seconds, load = facts.cost, facts.seconds, facts.cost.load
@@ -232,9 +228,9 @@ def _diagnosed(
 
     def sweep() -> MemoryKind:
         used = probe or Probe(linears_at(model, load.batch * load.tokens, device), int(cost.required_bytes))
-        return probe_memory(used.operation_at, working_sets(used.working_set), device=device)
+        return probe_memory(used.operation_at, working_sets(used.working_set), device=device, box_seconds=box_seconds)
 
-    able = probe is not None or (facts.largest == "matmul" and model is not None and _linears(model))
+    able = probe is not None or (facts.largest == "matmul" and model is not None and linears_of(model))
     verdict, why, memory = judge_phase(facts, sweep if able else None)
     if verdict == "memory: irregular access" and probe is None:  # dense weights lie together
         verdict = "implementation"
@@ -261,38 +257,3 @@ def _binds(verdict: Verdict, cost: StepCost, roofline: Roofline) -> str:
     """The term that comes first: the one the verdict names, or the one that sets the floor."""
     named = {"host-bound": "host", "launch-bound": "launch", "communication-bound": "communication"}
     return named.get(verdict, "latency" if verdict == "latency-bound" else binding(cost, roofline))
-
-
-def _linears(model: nn.Module) -> list[nn.Module]:
-    """The model's linears, quantized or not, that take one tensor and can be run by themselves."""
-    found: list[Any] = [m for m in model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
-    return [m for m in found if _bytes_of(m) > 0][:PROBED_LAYERS]
-
-
-def _bytes_of(module: nn.Module) -> int:
-    stored = getattr(module, "weight_bytes", None)
-    return int(stored) if stored else sum(p.nbytes for p in module.parameters(recurse=False))
-
-
-def linears_at(model: nn.Module | None, tokens: int, device: torch.device) -> Callable[[int], Operation]:
-    """The model's own linears on `tokens` rows, as many of them as make up a working set."""
-    layers: list[Any] = [] if model is None else _linears(model)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None) if model is not None else None
-
-    def operation_at(size: int) -> Operation:
-        chosen: list[tuple[Any, Tensor]] = []
-        held = 0
-        for layer in layers:
-            if chosen and held + _bytes_of(layer) > size:
-                break
-            chosen.append((layer, torch.randn(1, tokens, layer.in_features, dtype=dtype, device=device)))
-            held += _bytes_of(layer)
-
-        def run() -> None:
-            with torch.no_grad():
-                for layer, x in chosen:
-                    layer(x)
-
-        return Operation(run, held, held)
-
-    return operation_at

@@ -12,6 +12,8 @@ rounds on the same machine:
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -75,13 +77,14 @@ class MemoryKind:
 
 
 def probe_memory(
-    operation_at: OperationAt, sizes: Sequence[int], *, repeats: int = 7, device: torch.device | str = "cpu"
-) -> MemoryKind:
+    operation_at: OperationAt, sizes: Sequence[int], *, repeats: int = 7, device: torch.device | str = "cpu",
+    box_seconds: float = math.inf,
+) -> MemoryKind:  # fmt: skip
     """Sweep an operation over working sets of `sizes` bytes, the last being its own, and say what is wrong with it.
 
     `operation_at(bytes)` builds it at about that working set. All sizes and their streams are timed interleaved, each
     after a call that is not timed, so that what fits a cache lies in it as it does from step to step. The fastest of
-    `repeats` counts: neighbours only slow a machine down.
+    `repeats` counts: neighbours only slow a machine down. After `box_seconds` no further round is begun.
 
     Raises:
         UsageError: fewer than two sizes, or an operation that touches nothing.
@@ -93,7 +96,10 @@ def probe_memory(
         raise UsageError("probe_memory: an operation touches 0 bytes; operation_at must say what each call reads")
     streams = [_stream(op.distinct, device) for op in operations]
     times = _fastest(
-        [run for pair in zip((op.run for op in operations), streams, strict=True) for run in pair], repeats, device
+        [run for pair in zip((op.run for op in operations), streams, strict=True) for run in pair],
+        repeats,
+        device,
+        box_seconds,
     )
     points = tuple(
         Point(op.distinct, op.touched / times[2 * i], op.distinct / times[2 * i + 1]) for i, op in enumerate(operations)
@@ -134,18 +140,23 @@ def working_sets(full: int, smallest: int = 1 << 18, step: int = 4) -> list[int]
     return sizes
 
 
-def _fastest(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device | str) -> list[float]:
+def _fastest(
+    calls: Sequence[Callable[[], object]], repeats: int, device: torch.device | str, box_seconds: float
+) -> list[float]:
     """The least seconds of each call, in rounds, each call following one of itself."""
     best = [float("inf")] * len(calls)
-    for _ in range(max(1, repeats)):
-        for index, call in enumerate(calls):
+    began = time.perf_counter()
+    for index in range(max(1, repeats)):
+        if index and time.perf_counter() - began > box_seconds:
+            break
+        for place, call in enumerate(calls):
             call()
             synchronise(device)
             watch = stopwatch(device)
             watch.mark()
             call()
             watch.mark()
-            best[index] = min(best[index], max(watch.gaps()[0], 1e-9))
+            best[place] = min(best[place], max(watch.gaps()[0], 1e-9))
     return best
 
 

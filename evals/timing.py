@@ -211,14 +211,16 @@ def measure_generation(
     warmup: int = 1,
     seed: int = 0,
     device: torch.device | str | None = None,
+    box_seconds: float = math.inf,
     progress: Callable[[int, int], None] | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, GenerationTiming]:
     """Time greedy generation of `workload` by each runner, interleaved.
 
     Each round draws one batch of random prompts `[B, S]` that every runner continues. `device` is where prompts are
-    put and defaults to each runner's own. `tpot` summarises every gap of every round. `progress` receives the rounds
-    that are done and those there are.
+    put and defaults to each runner's own. `tpot` summarises every gap of every round. No round is begun that would
+    end more than `box_seconds` after the warm-up, by how long those before it took; one is always measured.
+    `progress` receives the rounds that are done and those there are.
 
     Raises:
         UsageError: nothing to time, or a workload longer than a runner's context.
@@ -237,6 +239,11 @@ def measure_generation(
     runs: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in runners}
     with _no_collection():
         for index, order in enumerate(_rounds(tuple(runners), warmup + repeats)):
+            measured = index - warmup
+            if measured <= 0:
+                began = clock()
+            elif (clock() - began) * (measured + 1) / measured > box_seconds:
+                break
             tokens = torch.randint(min(1, vocabulary - 1), vocabulary, shape, generator=generator)
             for name in order:
                 runner = runners[name]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from optimizer.evals.interventions import Intervention
     from optimizer.evals.placement import Placed
 
+Passes = Sequence[Mapping[str, Any]]
+
 KERNELS, LAYERS = 12, 8
 """Rows that people are shown of each; JSON holds all."""
 
@@ -32,9 +34,10 @@ TERM_WORDS = {
 
 
 def analyse(
-    runner: BaseRunner, *, batch: int, prompt: int, output: int, context: int | None, progress: Progress
-) -> Diagnosis:
-    """Measure the machine, then diagnose the runner on the workload.
+    runner: BaseRunner, *, batch: int, prompt: int, output: int, context: int | None, seconds: float,
+    progress: Progress,
+) -> Diagnosis:  # fmt: skip
+    """Measure the machine, then diagnose the runner on the workload, repeating each part for at most `seconds`.
 
     Raises `UsageError` for a workload that its context does not hold.
     """
@@ -49,11 +52,10 @@ def analyse(
         )
     with progress.phase("measure ceilings"):
         ceilings = measure_ceilings(runner.device, progress=lambda share: progress.update("probes", share, 1))
-    with progress.phase("diagnose"):
-        return diagnose(
-            runner, ceilings, Workload(batch, prompt, output), context=context,
-            progress=lambda done, total: progress.update("phases", done, total),
-        )  # fmt: skip
+    return diagnose(
+        runner, ceilings, Workload(batch, prompt, output), context=context, box_seconds=seconds, stage=progress.phase,
+        progress=progress.update,
+    )  # fmt: skip
 
 
 def optimized_runner(
@@ -162,10 +164,16 @@ def _passes_of(recipe: str | None) -> list[dict[str, Any]]:
     return [] if recipe is None else [dict(step) for step in Recipe.load(recipe).model_dump()["passes"]]
 
 
-def _passes(intervention: Intervention, there: Sequence[Mapping[str, Any]]) -> str:
-    """Passes as a recipe would write them; those that are in it already, with these options, are no news."""
+def carried_out(intervention: Intervention, there: Passes) -> bool:
+    """Whether passes that do it, with these options, are there already."""
     steps = intervention.recipe_passes
-    if steps and all(any(step.items() <= one.items() for one in there) for step in steps):
+    return bool(steps) and all(any(step.items() <= one.items() for one in there) for step in steps)
+
+
+def _passes(intervention: Intervention, there: Passes) -> str:
+    """Passes as a recipe would write them; those that are in it already are no news."""
+    steps = intervention.recipe_passes
+    if carried_out(intervention, there):
         return "in the recipe already"
     options = ((step["name"], ", ".join(f"{k}={v}" for k, v in step.items() if k != "name")) for step in steps)
     return " + ".join(f"{name}({text})" if text else name for name, text in options) or "none here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ from optimizer.backends.runner import EagerRunner
 from optimizer.errors import UsageError
 from optimizer.evals.ceilings import measure_ceilings
 from optimizer.evals.diagnose import diagnose, peak_flops
-from optimizer.evals.timing import Workload
+from optimizer.evals.timing import Workload, measure_generation
 from tests.evals import planted
 from tests.evals.planted import MIB, Planted
 from tests.evals.small_runner import SmallRunner, small_model
@@ -133,6 +134,51 @@ def test_a_compiled_step_names_its_kernels():
     assert found.unclassified == ()
 
 
+def counted(batch, prompt, context, box_seconds, **options):
+    """New tokens of each generation that a diagnosis asked for, and what it found."""
+    runner, asked, stages = EagerRunner(small_model(), None), [], []
+    generate = runner.generate
+
+    def count(tokens, **given):
+        asked.append(given["max_new_tokens"])
+        return generate(tokens, **given)
+
+    def stage(name):
+        stages.append(name)
+        return contextlib.nullcontext()
+
+    runner.generate = count
+    found = diagnose(
+        runner, MADE, Workload(batch, prompt, 8), context=context, box_seconds=box_seconds, stage=stage, **options
+    )
+    return asked, found, stages
+
+
+def test_a_large_workload_does_not_multiply_the_steps():
+    small, _, _ = counted(1, 8, 40, 60.0)
+    assert small == [2] * 6 + [1] * 5 + [8] * 6 + [8] * 2  # prompts are timed without the tokens after them
+    large, _, _ = counted(8, 64, 400, 60.0)
+    assert large == small
+    least, found, stages = counted(8, 64, 400, 0.0)  # every step takes longer than that: one of each, after a warm-up
+    assert least == [2] * 2 + [1] + [8] * 2 + [8]
+    for one in found.phases:
+        assert sum(one.terms.values()) == pytest.approx(one.seconds)
+    assert stages == [
+        "time generations of 8 × 64 + 2 tokens", "record prefill", "judge prefill",
+        "time generations of 8 × 396 + 8 tokens", "record decode", "judge decode",
+    ]  # fmt: skip
+
+
+def test_one_workload_is_timed_once_for_both_phases_and_not_where_it_was_already():
+    asked, found, _ = counted(1, 8, None, 60.0)
+    assert asked == [8] * 6 + [1] * 5 + [8] * 2
+    timing = measure_generation({"r": EagerRunner(small_model(), None)}, found.workload, repeats=2)["r"]
+    asked, again, _ = counted(1, 8, None, 60.0, timing=timing, sweep=False)
+    assert asked == [1] * 5 + [8] * 2
+    assert (again.prefill.seconds, again.decode.seconds) == (timing.ttft.median, timing.tpot.median)
+    assert again.prefill.memory is again.decode.memory is None
+
+
 def test_the_model_is_left_as_it_was():
     model = small_model()
     runner = EagerRunner(model, None)
@@ -173,6 +219,8 @@ def test_a_model_of_nans_is_diagnosed_like_any_other():
     [
         ({"context": 0}, Workload(1, 4, 8), "context=0"),
         ({}, Workload(1, 4, 2), "output=2"),
+        ({"box_seconds": math.nan}, Workload(1, 4, 8), "box_seconds=nan"),
+        ({"box_seconds": -1.0}, Workload(1, 4, 8), "box_seconds=-1.0"),
         ({}, Workload(1, 600, 8), "exceed its max_context"),
         ({"context": 600}, Workload(1, 4, 8), "exceed its max_context"),
     ],

@@ -113,6 +113,15 @@ def test_warm_up_rounds_are_left_out():
     assert timing.ttft_rounds == (0.5, 0.25)
 
 
+@pytest.mark.parametrize(("box", "rounds"), [(math.inf, 5), (3.0, 3), (2.9, 2), (0.0, 1)])
+def test_no_round_is_begun_that_would_end_after_the_time_and_one_is_always_measured(box, rounds):
+    clock = FakeClock()
+    runner = ScriptedRunner(clock, 0.5, lambda i: 0.25)  # a second a generation
+    found = measure_generation({"a": runner}, Workload(1, 2, 3), repeats=5, warmup=2, box_seconds=box, clock=clock)
+    assert len(found["a"].e2e_rounds) == rounds
+    assert len(runner.prompts) == 2 + rounds
+
+
 def test_runners_take_turns_on_the_same_fresh_random_prompts():
     clock, log = FakeClock(), []
     runners = {
