@@ -45,6 +45,7 @@ from optimizer.serving import paged, serve
 from optimizer.variants import Options, Variant, open_variants
 
 DEFAULT_TASKS = ("reference_perplexity", "reference_next_line", "reference_cloze")
+AS_TEXT = "It takes no token ids: prompts were sent as text, which its tokenizer may cut into other tokens."
 PASSAGE = 256  # tokens that the output errors of layers are measured on
 
 
@@ -252,15 +253,18 @@ def _endpoint_speed(
     for variant in variants:
         if variant.endpoint is None:
             continue
-        from optimizer.endpoint_lm import time_endpoint
+        from optimizer.endpoint_lm import takes_tokens, time_endpoint
 
-        workload = settings.workload
+        workload, entry = settings.workload, entries[variant.name]
         with progress.phase(f"stream from {variant.name}"):
+            prompts: list[Any] = _prompts(tokenizer, workload.prompt)
+            if not takes_tokens(variant.endpoint, prompts[0]):
+                prompts = [tokenizer.decode(prompt) for prompt in prompts]
+                entry.notes.append(AS_TEXT)
             timing = time_endpoint(
-                variant.endpoint, _prompts(tokenizer, workload.prompt), workload, repeats=settings.repeats,
+                variant.endpoint, prompts, workload, repeats=settings.repeats,
                 progress=lambda done, total: progress.update("rounds", done, total),
             )  # fmt: skip
-        entry = entries[variant.name]
         entry.speed = GenerationStats(
             ttft_seconds=Percentiles(p50=timing.ttft.p50, p95=timing.ttft.p95),
             tpot_seconds=Percentiles(p50=timing.tpot.p50, p95=timing.tpot.p95, p99=timing.tpot.p99),
@@ -310,8 +314,9 @@ def _endpoint_serving(
 
         with progress.phase(f"serving of {variant.name}"):
             corpus = [token for row in _prompts(tokenizer, WINDOW, 4 * spec.requests) for token in row]
-            report, shape, errors = serve_remote(variant.endpoint, spec, corpus, context)
-        entry = entries[variant.name]
+            entry = entries[variant.name]
+            decode = tokenizer.decode if AS_TEXT in entry.notes else None
+            report, shape, errors = serve_remote(variant.endpoint, spec, corpus, context, decode=decode)
         entry.serving = serving_entry(report, shape)
         entry.notes.append("In serving, each chunk of a stream counts as a token.")
         if errors:

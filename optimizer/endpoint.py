@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from optimizer.errors import EndpointError, UsageError
+from optimizer.errors import EndpointError, RefusedRequestError, UsageError
 from optimizer.report_units import clean
 
 MOST_BYTES = 64 << 20  # of one answer
@@ -26,7 +26,7 @@ MOST_LINE = 4 << 20  # of one event of a stream
 RETRIES = 4
 LONGEST_WAIT = 30.0  # seconds waited before a retry, whatever the server asks for
 STREAM_SHARE = 10  # a stream may take so many times the timeout as a whole
-_BUSY = (429, 503)
+_BUSY, _REFUSED = (429, 503), (400, 422)
 
 
 def is_endpoint(name: str) -> bool:
@@ -101,8 +101,11 @@ class Endpoint:
     def stream(
         self, payload: Mapping[str, Any], *, sleep: Callable[[float], object] = time.sleep
     ) -> Iterator[dict[str, Any]]:
-        """The events of a streamed answer, each as it comes. Raises `EndpointError` where it breaks off."""
-        buffer = b""
+        """The events of a streamed answer, each as it comes. Raises `EndpointError` where it breaks off.
+
+        It ends with `[DONE]`; some servers leave that out, and end after the event that says why they finished.
+        """
+        buffer, finished = b"", False
         for piece in self._exchange({**payload, "stream": True}, STREAM_SHARE * self.timeout_seconds, sleep):
             *lines, buffer = (buffer + piece).split(b"\n")
             if len(buffer) > MOST_LINE:
@@ -112,8 +115,11 @@ class Endpoint:
                     continue  # comments and blank lines between events
                 if (data := line.removeprefix(b"data:").strip()) == b"[DONE]":
                     return
-                yield self._object(data)
-        raise self._error("ended a stream without [DONE]")
+                event = self._object(data)
+                finished = finished or _finish_reason(event) is not None
+                yield event
+        if not finished:
+            raise self._error("ended a stream without [DONE] and without a finish_reason")
 
     def _exchange(
         self, payload: Mapping[str, Any], seconds: float, sleep: Callable[[float], object]
@@ -128,7 +134,8 @@ class Endpoint:
                     wait = _wait(response.getheader("Retry-After"), attempt)
                 elif response.status != 200:
                     body = b"".join(self._pieces(response, deadline, 4096))
-                    raise self._error(f"answered {response.status} {response.reason}: {self._shown(body)}")
+                    problem = f"answered {response.status} {response.reason}: {self._shown(body)}"
+                    raise self._error(problem, RefusedRequestError if response.status in _REFUSED else EndpointError)
                 else:
                     yield from self._pieces(response, deadline, MOST_BYTES)
                     return
@@ -201,8 +208,18 @@ class Endpoint:
         key = self._key()
         return text.replace(key, "***") if key else text
 
-    def _error(self, problem: str) -> EndpointError:
-        return EndpointError(f"{self.url} ({self.model}) {self._without_key(clean(problem))}")
+    def _error(self, problem: str, kind: type[EndpointError] = EndpointError) -> EndpointError:
+        return kind(f"{self.url} ({self.model}) {self._without_key(clean(problem))}")
+
+
+def _finish_reason(event: Mapping[str, Any]) -> Any:
+    """Why the only choice of a stream ended; None while it goes on."""
+    choices = event.get("choices")
+    return (
+        choices[0].get("finish_reason")
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict)
+        else None
+    )
 
 
 def _wait(asked: str | None, attempt: int) -> float:

@@ -20,7 +20,7 @@ import torch
 from lm_eval.models.utils import postprocess_generated_text
 
 from optimizer.endpoint import Endpoint
-from optimizer.errors import EndpointError
+from optimizer.errors import EndpointError, RefusedRequestError
 from optimizer.evals.runner_lm import RunnerLM
 from optimizer.evals.timing import Summary, Workload
 
@@ -68,7 +68,7 @@ class EndpointLM(RunnerLM):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EndpointError(
                 f"{self.endpoint.url} sent log-probabilities that cannot be read ({type(error).__name__}); it must "
-                "support echo with logprobs"
+                "support echo with logprobs. To measure its speed alone, give no tasks (--tasks '')"
             ) from None
         return math.fsum(value for value, _ in scored), all(value >= top for value, top in scored)
 
@@ -111,16 +111,25 @@ class RemoteTiming:
     exact: bool
 
 
+def takes_tokens(endpoint: Endpoint, prompt: Sequence[int]) -> bool:
+    """Whether the server takes token ids as a prompt; one that refuses `prompt` wants text."""
+    try:
+        endpoint.post({"prompt": list(prompt), "max_tokens": 1, "temperature": 0})
+    except RefusedRequestError:
+        return False
+    return True
+
+
 def time_endpoint(
     endpoint: Endpoint,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | str],
     workload: Workload,
     *,
     repeats: int,
     warmup: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> RemoteTiming:
-    """Stream `workload.batch` requests at a time, `repeats` times; prompts (token ids) are taken in turn.
+    """Stream `workload.batch` requests at a time, `repeats` times; prompts (token ids or text) are taken in turn.
 
     TTFT is until every request of a round has its first token, and includes connecting. Raises `EndpointError` for an
     answer of fewer than two tokens.
@@ -150,10 +159,11 @@ def _gaps(times: Sequence[float]) -> list[float]:
     return [later - earlier for earlier, later in pairwise(times)]
 
 
-def _stream(endpoint: Endpoint, prompt: Sequence[int], output: int) -> tuple[list[float], int]:
+def _stream(endpoint: Endpoint, prompt: Sequence[int] | str, output: int) -> tuple[list[float], int]:
     """When each chunk with text came, and how many tokens the server says it made (else one a chunk)."""
     payload = {
-        "prompt": list(prompt), "max_tokens": output, "temperature": 0, "stream_options": {"include_usage": True},
+        "prompt": prompt if isinstance(prompt, str) else list(prompt), "max_tokens": output, "temperature": 0,
+        "stream_options": {"include_usage": True},
     }  # fmt: skip
     times, tokens = [], 0
     for event in endpoint.stream(payload):

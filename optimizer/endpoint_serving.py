@@ -31,8 +31,8 @@ class RemoteRequest:
 class RemoteEngine:
     """Requests as streams of an endpoint; `errors` holds what went wrong with those that failed."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, decode: Callable[[Sequence[int]], str] | None = None) -> None:
+        self.endpoint, self._decode = endpoint, decode
         self.errors: list[EndpointError] = []
         self._news = threading.Condition()
         self._live = 0
@@ -44,11 +44,12 @@ class RemoteEngine:
         return self._live > 0 or self._fresh
 
     def submit(self, prompt: Sequence[int], /, *, max_new_tokens: int) -> RemoteRequest:
-        """Send a request at once."""
+        """Send a request at once, as text where the engine has a tokenizer for it."""
         request = RemoteRequest()
         with self._news:
             self._live += 1
-        threading.Thread(target=self._run, args=(request, list(prompt), max_new_tokens), daemon=True).start()
+        sent = list(prompt) if self._decode is None else self._decode(prompt)
+        threading.Thread(target=self._run, args=(request, sent, max_new_tokens), daemon=True).start()
         return request
 
     def step(self) -> None:
@@ -58,7 +59,7 @@ class RemoteEngine:
                 self._news.wait(WAIT)
             self._fresh = False
 
-    def _run(self, request: RemoteRequest, prompt: list[int], most: int) -> None:
+    def _run(self, request: RemoteRequest, prompt: list[int] | str, most: int) -> None:
         payload = {"prompt": prompt, "max_tokens": most, "temperature": 0}
         failed: EndpointError | None = None
         try:
@@ -88,19 +89,26 @@ class RemoteEngine:
 
 
 def serve_remote(
-    endpoint: Endpoint, spec: ServingSpec, corpus: Sequence[int], context: int | None, *, seed: int = 0
+    endpoint: Endpoint,
+    spec: ServingSpec,
+    corpus: Sequence[int],
+    context: int | None,
+    *,
+    seed: int = 0,
+    decode: Callable[[Sequence[int]], str] | None = None,
 ) -> tuple[ServingReport, RequestSpec, list[EndpointError]]:
     """Replay `spec` on `endpoint`: the report, the shape of the requests, and what went wrong with those that failed.
 
     `corpus` (token ids) is what prompts are passages of. Lengths are scaled to `context` tokens, so that they are those
-    of a local variant; without one they are the preset's own.
+    of a local variant; without one they are the preset's own. `decode` makes the text of a prompt for a server
+    that takes no token ids.
     """
     shape = PRESETS[spec.preset]
     shape = shape if context is None else shape.scaled_to(context)
     process: ArrivalProcess = Closed(spec.concurrency)
     if spec.rate is not None:
         process = Burst(spec.burst, spec.burst / spec.rate) if spec.burst > 1 else Poisson(spec.rate)
-    engine = RemoteEngine(endpoint)
+    engine = RemoteEngine(endpoint, decode)
     schedule = schedule_requests(shape, process, corpus, spec.requests, seed=seed)
     records = replay(engine, schedule)
     return ServingReport.of(records, Slo(spec.ttft_ms / 1e3, spec.tpot_ms / 1e3)), shape, engine.errors

@@ -49,5 +49,9 @@ class EndpointError(OptimizerError):
     """A remote endpoint could not be reached, refused, or answered with something that is no answer."""
 
 
+class RefusedRequestError(EndpointError):
+    """A remote endpoint says that the request is not one that it takes (400, 422)."""
+
+
 class ExportError(UsageError):
     """A model in an exported format was given, and this version has no support for that format."""

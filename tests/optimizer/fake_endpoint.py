@@ -30,6 +30,7 @@ class FakeServer:
         self.headers: list[dict[str, str]] = []
         self.delay = 0.0
         self.tokens_a_chunk = 1
+        self.text_only = False  # as `transformers serve`: prompts are text, and no stream ends with [DONE]
         self.port = 0
 
     @property
@@ -63,7 +64,8 @@ class FakeServer:
     def generate(self, payload: dict[str, Any]) -> dict[str, Any]:
         tokenizer = small_tokenizer()
         choices = []
-        for index, prompt in enumerate(payload["prompt"]):
+        prompts = payload["prompt"]
+        for index, prompt in enumerate([prompts] if isinstance(prompts[0], int) else prompts):
             tokens = self.made(prompt, payload)
             if tokenizer.eos_token_id in tokens:
                 tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
@@ -87,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             fault = self.fake.faults.pop(0) if self.fake.faults else None
         if fault is not None:
             fault(self)
+        elif self.fake.text_only and not isinstance(payload["prompt"], str):
+            send(self, 400, '{"detail": "prompt must be a string."}')
         elif payload.get("stream"):
             self.stream(payload)
         else:
@@ -95,14 +99,20 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def stream(self, payload: dict[str, Any]) -> None:
-        tokens = self.fake.made(payload["prompt"], payload)
+        prompt = payload["prompt"]
+        tokens = self.fake.made(small_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt, payload)
         begin_stream(self)
         step = self.fake.tokens_a_chunk
         for start in range(0, len(tokens), step):
             time.sleep(self.fake.delay)
             send_chunk(self, {"choices": [{"index": 0, "text": "x" * len(tokens[start : start + step])}]})
-        send_chunk(self, {"choices": [], "usage": {"completion_tokens": len(tokens)}})
-        end_stream(self)
+        usage = {"completion_tokens": len(tokens)}
+        if self.fake.text_only:
+            send_chunk(self, {"choices": [{"index": 0, "text": "", "finish_reason": "length"}], "usage": usage})
+            end_stream(self, done=b"")
+        else:
+            send_chunk(self, {"choices": [], "usage": usage})
+            end_stream(self)
 
     def log_message(self, *_: Any) -> None: ...
 

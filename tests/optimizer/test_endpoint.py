@@ -13,9 +13,9 @@ import pytest
 
 from optimizer import endpoint as module
 from optimizer.endpoint import Endpoint, parse_endpoint
-from optimizer.endpoint_lm import EndpointLM, time_endpoint
+from optimizer.endpoint_lm import EndpointLM, takes_tokens, time_endpoint
 from optimizer.endpoint_serving import RemoteEngine, serve_remote
-from optimizer.errors import EndpointError, UsageError
+from optimizer.errors import EndpointError, RefusedRequestError, UsageError
 from optimizer.evals.quality import compare, evaluate, evaluate_model
 from optimizer.evals.runner_lm import RunnerLM
 from optimizer.evals.serving import replay
@@ -50,7 +50,7 @@ def fresh(server: FakeServer) -> None:
     server.faults.clear()
     server.requests.clear()
     server.headers.clear()
-    server.delay, server.tokens_a_chunk = 0.0, 1
+    server.delay, server.tokens_a_chunk, server.text_only = 0.0, 1, False
 
 
 @pytest.fixture
@@ -305,6 +305,25 @@ def test_chunks_of_several_tokens_are_noticed(server: FakeServer, endpoint: Endp
     assert not timing.exact
     assert timing.tpot.n == 4  # one mean a request
     assert timing.tpot.p50 < 0.02  # two gaps of 20 ms over eight tokens
+
+
+def test_a_server_that_takes_text_alone_and_ends_streams_without_done(server: FakeServer) -> None:
+    endpoint = parse_endpoint(server.name, timeout_seconds=20)
+    assert takes_tokens(endpoint, PROMPTS[0])
+    server.text_only = True
+    assert not takes_tokens(endpoint, PROMPTS[0])
+    with pytest.raises(RefusedRequestError, match="prompt must be a string"):
+        time_endpoint(endpoint, PROMPTS, Workload(1, 4, 6), repeats=1)
+    server.requests.clear()
+    found = time_endpoint(endpoint, ["def f():", "x = 1"], Workload(1, 4, 6), repeats=2, warmup=0)
+    assert found.exact
+    assert [request["prompt"] for request in server.requests] == ["def f():", "x = 1"]
+    engine = RemoteEngine(endpoint, small_tokenizer().decode)
+    request = engine.submit(PROMPTS[0], max_new_tokens=3)
+    while engine.busy:
+        engine.step()
+    assert request.done
+    assert server.requests[-1]["prompt"] == small_tokenizer().decode(PROMPTS[0])
 
 
 def test_a_stream_that_breaks_off_or_says_nothing(server: FakeServer, endpoint: Endpoint) -> None:
