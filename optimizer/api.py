@@ -30,6 +30,7 @@ from optimizer.export_command import is_export, load_export
 from optimizer.export_forms import ExportedRunner
 from optimizer.export_job import save_forms
 from optimizer.inspection import inspect_checkpoint
+from optimizer.job_diagnosis import with_diagnosis
 from optimizer.passes.base import Context, Pass
 from optimizer.passes.decode import Decode
 from optimizer.passes.merge_linears import MergeLinears
@@ -213,6 +214,8 @@ def optimize(
             source, recipe, calibration=data, inplace=inplace, progress=progress, baseline=baseline
         )
         report = build_report(outcome)
+    if recipe.diagnose:
+        report = with_diagnosis(report, outcome, progress, replaced=inplace)
     if baselines is not None:
         report = report.model_copy(update={"warnings": [*report.warnings, *baselines.notes]})
     result = Result(outcome.runner, report, outcome)

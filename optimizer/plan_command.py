@@ -87,7 +87,13 @@ def base_recipe(
     changed = {key: value for key, value in (workload or {}).items() if value is not None}
     plain = base.model_dump()
     return Recipe.from_dict(
-        plain | {"name": AUTO, "workload": plain["workload"] | changed, "floors": [asdict(floor) for floor in floors]}
+        plain
+        | {
+            "name": AUTO,
+            "workload": plain["workload"] | changed,
+            "floors": [asdict(floor) for floor in floors],
+            "diagnose": recipe == AUTO or base.diagnose,
+        }
     )
 
 

@@ -174,7 +174,7 @@ class Recipe(_Strict):
     a list of exports the first is judged and released, and the others are measured where they can run here.
     `price_per_hour` of the device, in any currency, lets the report say what was paid and saved. When a floor is
     missed, up to `repair_minutes` are spent on finding out why and, with `repair`, on gating again without what carries
-    the loss.
+    the loss. With `diagnose` the report says what bound the original and what binds the optimized model.
     """
 
     name: str
@@ -190,6 +190,7 @@ class Recipe(_Strict):
     seed: int = 0
     repair: bool = True
     repair_minutes: float = Field(default=5.0, ge=0)
+    diagnose: bool = False
     price_per_hour: float | None = Field(default=None, gt=0)
 
     @field_validator("export", mode="before")

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from optimizer.errors import ArtifactError, OutputError, UsageError
 from optimizer.plan_entry import PlanEntry
 from optimizer.report_attribution import Attribution
+from optimizer.report_diagnosis import BoundEntry
 from optimizer.report_forms import FormEntry
 from optimizer.report_units import (
     BYTES,
@@ -395,6 +396,7 @@ class Report(_Entry):
     roofline: list[RooflinePoint] = []
     serving: Serving | None = None
     plan: PlanEntry | None = None
+    diagnosis: list[BoundEntry] = []
     ledger: Ledger = Ledger()
     floors: list[FloorEntry] = []
     attribution: Attribution | None = None

@@ -32,6 +32,9 @@ def diagnose(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the decode step sees; else the prompt and half the output.")
     ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="For the repetitions of each part; long steps are repeated less.")
+    ] = 10.0,
     out: Annotated[Path | None, typer.Option(help="Write the diagnosis to this HTML file as well.")] = None,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
@@ -54,7 +57,9 @@ def diagnose(
             else:
                 with progress.phase("load"):
                     runner = load_runner(model, device, trust_remote_code)
-            found = analyse(runner, batch=batch, prompt=prompt, output=output, context=context, progress=progress)
+            found = analyse(
+                runner, batch=batch, prompt=prompt, output=output, context=context, seconds=seconds, progress=progress
+            )
         title = f"{model}, {f'recipe {recipe}' if recipe else type(runner).__name__}"
         if out is not None:
             save(describe(found, title, recipe), out, title)

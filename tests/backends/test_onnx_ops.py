@@ -252,6 +252,16 @@ def test_tensorrt_gets_elements_on_both_sides_of_a_product(name: str, pairs: Any
     assert (np.abs(found - expected.numpy()) <= K * 2**-24 * terms.numpy() + 1e-6).all()
 
 
+@pytest.mark.parametrize("largest", [1e-12, 1e9])
+def test_a_scale_that_float16_cannot_hold_is_refused(largest: float) -> None:
+    format, activation = FORMATS["w8a8-static"]
+    assert activation is not None
+    weight = quantize_rtn(torch.randn(N, K), format, torch.float32)
+    model = nn.ModuleDict({"a": QuantizedLinear(weight, None, activation, static_scale(largest, activation))})
+    with pytest.raises(UsageError, match=r"a: the scale .* of its inputs is none in float16. Leave this layer"):
+        translate(model, torch.float16, dialect="tensorrt")
+
+
 def test_norms_become_the_form_that_the_runtime_joins() -> None:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
