@@ -30,12 +30,11 @@ from optimizer.compare_report import Workload as WorkloadEntry
 from optimizer.documents import differing_documents
 from optimizer.errors import OptimizerError, UsageError
 from optimizer.evals import arithmetic
-from optimizer.evals.architecture import from_module
 from optimizer.evals.ceilings import Ceilings, measure_ceilings
-from optimizer.evals.timing import GenerationTiming, Workload, measure_generation, ratio
+from optimizer.evals.timing import Workload, measure_generation, ratio
 from optimizer.layer_errors import layer_differences, place
 from optimizer.passes.calibration import FEWEST_TOKENS, calibrate_on
-from optimizer.pipeline import WINDOW, Phase, check_workload
+from optimizer.pipeline import WINDOW, Phase, check_workload, phases_of
 from optimizer.progress import Progress
 from optimizer.recipe import ServingSpec
 from optimizer.report import Ceilings as CeilingsEntry
@@ -191,7 +190,7 @@ def _speed(
     first = variants[0].name
     for name, timing in timings.items():
         entry = entries[name]
-        phases = _phases(local[name], timing, ceilings)
+        phases = {} if _module(local[name]) is None else phases_of(local[name], timing, ceilings)
         entry.speed = GenerationStats(
             ttft_seconds=Percentiles(p50=timing.ttft.p50, p95=timing.ttft.p95),
             tpot_seconds=Percentiles(p50=timing.tpot.p50, p95=timing.tpot.p95, p99=timing.tpot.p99),
@@ -211,23 +210,6 @@ def _speed(
 def _ratio(before: Sequence[float], after: Sequence[float]) -> Ratio:
     found = ratio(before, after)
     return Ratio(value=found.median, low=found.low, high=found.high)
-
-
-def _phases(runner: BaseRunner, timing: GenerationTiming, ceilings: Ceilings) -> dict[str, Phase]:
-    """Prefill and decode on the roofline, as `pipeline.measure_speed` places them; nothing without a module."""
-    if _module(runner) is None:
-        return {}
-    shape, workload = from_module(runner.model), timing.workload
-    dtype = str(runner.dtype).removeprefix("torch.")
-    peak = max(rate for name, rate in ceilings.matmul_flops.items() if name in (dtype, "float32"))
-    costs = {
-        "prefill": (shape.prefill(workload.batch, workload.prompt), timing.ttft.median),
-        "decode": (shape.decode(workload.batch, workload.prompt + workload.output // 2), timing.tpot.median),
-    }
-    return {
-        phase: Phase(cost, seconds, peak, ceilings.bandwidth(max(cost.required_bytes, 1)))
-        for phase, (cost, seconds) in costs.items()
-    }
 
 
 def _point(workload: Workload, phase: str, at: Phase, baseline: bool) -> RooflinePoint:

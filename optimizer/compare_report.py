@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from optimizer.errors import ArtifactError, UsageError
+from optimizer.errors import ArtifactError
 from optimizer.report import (
     Ceilings,
     Cost,
@@ -25,7 +24,7 @@ from optimizer.report import (
     Ratio,
     RooflinePoint,
     Serving,
-    _write_atomically,
+    save_as,
 )
 
 SCHEMA_VERSION = 1
@@ -249,13 +248,7 @@ class Comparison(_Entry):
 
         Raises `UsageError` for another extension and `OutputError` where the file cannot be written.
         """
-        path = Path(path)
-        writers: dict[str, Callable[[], str]] = {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json}
-        write = writers.get(path.suffix.lower())
-        if write is None:
-            raise UsageError(f"a comparison cannot be saved as {path.name!r}; use one of {', '.join(writers)}")
-        _write_atomically(path, write())
-        return path
+        return save_as(path, {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json}, "a comparison")
 
 
 def pareto(points: dict[str, tuple[float, float]]) -> set[str]:

@@ -307,23 +307,29 @@ def measure_speed(
         progress=lambda done, total: progress.update("rounds", done, total),
     )
     a, b = timings["baseline"], timings["optimized"]
-    phases = {}
+    phases: dict[tuple[str, str], Phase] = {}
     for variant, runner in runners.items():
-        shape = from_module(runner.model)
-        peak = matmul_peak(ceilings, runner.dtype)
-        timing = timings[variant]
-        costs = {
-            "prefill": (shape.prefill(workload.batch, workload.prompt), timing.ttft.median),
-            "decode": (shape.decode(workload.batch, workload.prompt + workload.output // 2), timing.tpot.median),
-        }
-        for phase, (cost, seconds) in costs.items():
-            bandwidth = ceilings.bandwidth(max(cost.required_bytes, 1))
-            phases[phase, variant] = Phase(cost, seconds, peak, bandwidth)
+        found = phases_of(runner, timings[variant], ceilings)
+        phases |= {(name, variant): phase for name, phase in found.items()}
     paired = partial(ratio, confidence=recipe.evaluation.confidence)
     return Speed(
         workload, a, b, paired(a.tpot_rounds, b.tpot_rounds), paired(a.ttft_rounds, b.ttft_rounds),
         paired(a.e2e_rounds, b.e2e_rounds), phases, {name: timings[name] for name in others or ()},
     )  # fmt: skip
+
+
+def phases_of(runner: BaseRunner, timing: GenerationTiming, ceilings: Ceilings) -> dict[str, Phase]:
+    """Prefill and decode of the workload that was timed, on the measured roofline; `runner` has a PyTorch module."""
+    shape, workload = from_module(runner.model), timing.workload
+    peak = matmul_peak(ceilings, runner.dtype)
+    costs = {
+        "prefill": (shape.prefill(workload.batch, workload.prompt), timing.ttft.median),
+        "decode": (shape.decode(workload.batch, workload.prompt + workload.output // 2), timing.tpot.median),
+    }
+    return {
+        phase: Phase(cost, seconds, peak, ceilings.bandwidth(max(cost.required_bytes, 1)))
+        for phase, (cost, seconds) in costs.items()
+    }
 
 
 def _median_seconds(calls: Mapping[str, Callable[[], object]], *, device: torch.device) -> dict[str, float]:

@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -511,19 +511,7 @@ class Report(_Entry):
 
         Raises `UsageError` for another extension and `OutputError` where the file cannot be written.
         """
-        path = Path(path)
-        writers: dict[str, Callable[[], str]] = {
-            ".html": self.to_html,
-            ".md": self.to_markdown,
-            ".json": self.to_json,
-        }
-        write = writers.get(path.suffix.lower())
-        if write is None:
-            raise UsageError(
-                f"a report cannot be saved as {path.name!r}; use one of the extensions {', '.join(writers)}"
-            )
-        _write_atomically(path, write())
-        return path
+        return save_as(path, {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json}, "a report")
 
 
 _SPEED = (
@@ -563,6 +551,16 @@ def _times(numerator: float | None, denominator: float | None) -> str:
     if numerator is None or denominator is None:
         return MISSING
     return RATIO.format(numerator / denominator) if denominator else NONE
+
+
+def save_as(path: str | os.PathLike[str], writers: Mapping[str, Callable[[], str]], what: str) -> Path:
+    """Write `what` atomically by the extension of `path`, which `writers` are named by; see `Report.save`."""
+    path = Path(path)
+    write = writers.get(path.suffix.lower())
+    if write is None:
+        raise UsageError(f"{what} cannot be saved as {path.name!r}; use one of the extensions {', '.join(writers)}")
+    _write_atomically(path, write())
+    return path
 
 
 def _write_atomically(path: Path, text: str) -> None:
