@@ -116,7 +116,7 @@ def diagnose(
     box_seconds: float = BOX_SECONDS,
     seed: int = 0,
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
-    progress: Callable[[str, float, float], object] = lambda *_: None,
+    progress: Callable[[str, float, float], None] = lambda *_: None,
 ) -> Diagnosis:
     """Diagnose the prefill and the decode step of `workload` by a runner.
 

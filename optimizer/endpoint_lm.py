@@ -87,7 +87,10 @@ class EndpointLM(RunnerLM):
 
     def _choices(self, payload: dict[str, Any], count: int) -> list[dict[str, Any]]:
         """The answer's choices in the order of the prompts."""
-        choices = self.endpoint.post(payload).get("choices")
+        try:
+            choices = self.endpoint.post(payload).get("choices")
+        except RefusedRequestError as error:
+            raise RefusedRequestError(f"{error}. To measure its speed alone, give no tasks (--tasks '')") from None
         rows = [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
         found = {row["index"]: row for row in rows if type(row.get("index")) is int}
         if len(found) != count or set(found) != set(range(count)):
