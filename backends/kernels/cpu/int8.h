@@ -18,26 +18,29 @@
 namespace {
 
 constexpr int64_t SLAB = 128 << 10;         // bytes of weights that serve all rows before the next: a part of L2
-constexpr int64_t AHEAD = 1024;             // bytes of weights fetched ahead of the next rows
+constexpr int64_t AHEAD = 4096;             // bytes of weights fetched ahead of the next rows
 constexpr int64_t MOST_FEATURES = 1 << 18;  // K / LANES products of at most 255 * 128 and their start are below 2^31
 
-// How K is cut. `share` blocks have one input scale, `step` chunks one weight scale; where a chunk has several weight
-// scales, `scale_of` is that of each of its blocks (of the last one, for blocks beyond K).
+// How K is cut. `share` blocks have one input scale; `first[r]` is the weight scale of run r, the one of its first block
+// where its blocks have several: `lane[r]` then says how far from it that of each lane is.
 struct Cut {
-  int64_t blocks, chunks, share, run, runs, step;
-  std::vector<int64_t> scale_of;
+  int64_t blocks, chunks, share, run, runs;
+  bool fine;
+  std::vector<int32_t> first;
+  Buffer<int32_t> lane;  // [runs, LANES]; only where `fine`
   template <typename F>
   static Cut of(const Weight& w, int64_t group) {
-    Cut c;
-    c.blocks = w.k / BLOCK, c.chunks = (c.blocks + F::blocks - 1) / F::blocks;
-    c.share = group < 0 ? c.blocks : group / BLOCK;
-    const int64_t scaled = c.blocks / w.groups, common = std::gcd(c.share, scaled);
-    c.run = common == c.blocks ? c.chunks : common % F::blocks ? 1 : common / F::blocks;
-    c.runs = c.chunks / c.run;
-    c.step = w.groups == 1 ? c.chunks : scaled / F::blocks;
-    if (w.groups == 1 || scaled % F::blocks == 0) return c;
-    c.step = 1;
-    for (int64_t b = 0; b < c.chunks * F::blocks; ++b) c.scale_of.push_back(std::min(b, c.blocks - 1) / scaled);
+    const int64_t blocks = w.k / BLOCK, chunks = (blocks + F::blocks - 1) / F::blocks;
+    const int64_t share = group < 0 ? blocks : group / BLOCK, scaled = blocks / w.groups;
+    const int64_t common = std::gcd(share, scaled);
+    const int64_t run = common == blocks ? chunks : common % F::blocks ? 1 : common / F::blocks, runs = chunks / run;
+    const bool fine = w.groups > 1 && scaled % F::blocks != 0;
+    Cut c{blocks, chunks, share, run, runs, fine, std::vector<int32_t>(runs), Buffer<int32_t>(fine ? runs * LANES : 0)};
+    for (int64_t r = 0; r < runs; ++r) {
+      c.first[r] = r * run * F::blocks / scaled;
+      for (int64_t l = 0; fine && l < LANES; ++l)
+        *c.lane.at(r * LANES + l) = std::min(r * F::blocks + l * F::blocks / LANES, blocks - 1) / scaled - c.first[r];
+    }
     return c;
   }
 };
@@ -48,42 +51,48 @@ inline void set_block(vl& lanes, int i, float value) {  // the lanes of block i 
   for (int l = 0; l < n; ++l) lanes[i * n + l] = value;
 }
 
-// Inputs [M, K] as integers and scales.
+// Inputs [M, K] as integers and scales: for each row and run a record, which is read from its first byte to its last:
+// LANES int32, minus what zero weights would give; LANES float32, the scales; the integers of each chunk.
 template <typename F>
 struct Inputs {
+  typedef typename F::Input Input;
   const Cut& cut;
-  Buffer<typename F::Input> q;  // [M, chunks, F::inputs]
-  Buffer<int32_t> start;        // [M, runs, LANES]: minus what zero weights would give
-  Buffer<float> scale;          // [M, runs, LANES]
-  Buffer<float> total;          // [M, G]: of the inputs under one weight scale; only where there are zero points
+  int64_t record;          // bytes
+  Buffer<uint8_t> bytes;   // [M, runs, record]
+  Buffer<float> total;     // [M, G]: of the inputs under one weight scale; only where there are zero points
   int64_t groups;
   Inputs(const Weight& w, const Cut& c, int64_t m)
-      : cut(c), q(m * c.chunks * F::inputs), start(m * c.runs * LANES), scale(m * c.runs * LANES),
+      : cut(c), record(2 * CHUNK + c.run * F::inputs * sizeof(Input)), bytes(m * c.runs * record),
         total(w.zero ? m * w.groups : 0), groups(w.zero ? w.groups : 0) {}
+
+  const uint8_t* row(int64_t m) const { return bytes.at(m * cut.runs * record); }
+  static const Input* chunk(const uint8_t* record, int64_t c) {
+    return reinterpret_cast<const Input*>(record + 2 * CHUNK) + c * F::inputs;
+  }
 
   void round(const float* x, int64_t m) {
     std::vector<float> steps(cut.blocks);  // of each block, so that only this loop divides
-    typename F::Input* const row = q.at(m * cut.chunks * F::inputs);
+    uint8_t* to = bytes.at(m * cut.runs * record);
     for (int64_t b = 0; b < cut.blocks; b += cut.share)
       std::fill_n(&steps[b], cut.share, int8_step(x + b * BLOCK, cut.share * BLOCK));
-    for (int64_t b = 0; b < cut.blocks; ++b) {
-      int8_t values[BLOCK];
-      const int32_t sum = round_block(x + b * BLOCK, steps[b], values);
-      F::place(values, b % F::blocks, row + b / F::blocks * F::inputs);
-      if (groups) *total.at(m * groups + b * groups / cut.blocks) += steps[b] * sum;
-    }
     uint8_t zeros[CHUNK];
     std::fill(zeros, zeros + CHUNK, F::zero);
     const auto nothing = F::decode(zeros);
-    for (int64_t r = 0; r < cut.runs; ++r) {
+    for (int64_t r = 0; r < cut.runs; ++r, to += record) {
+      const int64_t first = r * cut.run * F::blocks, last = std::min(first + cut.run * F::blocks, cut.blocks);
+      for (int64_t b = first; b < last; ++b) {
+        int8_t values[BLOCK];
+        const int32_t sum = round_block(x + b * BLOCK, steps[b], values);
+        F::place(values, b % F::blocks, const_cast<Input*>(chunk(to, (b - first) / F::blocks)));
+        if (groups) *total.at(m * groups + b * groups / cut.blocks) += steps[b] * sum;
+      }
       vi given = {};
       vl lanes;
-      for (int64_t c = r * cut.run; c < (r + 1) * cut.run; ++c) given = F::dot(given, nothing, row + c * F::inputs);
-      for (int i = 0; i < F::blocks; ++i)
-        set_block<F>(lanes, i, steps[std::min(r * cut.run * F::blocks + i, cut.blocks - 1)]);
+      for (int64_t c = 0; c < cut.run; ++c) given = F::dot(given, nothing, F::values(chunk(to, c)));
+      for (int i = 0; i < F::blocks; ++i) set_block<F>(lanes, i, steps[std::min(first + i, cut.blocks - 1)]);
       given = -given;
-      std::memcpy(start.at((m * cut.runs + r) * LANES), &given, sizeof(vi));
-      std::memcpy(scale.at((m * cut.runs + r) * LANES), &lanes, sizeof(vl));
+      std::memcpy(to, &given, sizeof(vi));
+      std::memcpy(to + CHUNK, &lanes, sizeof(vl));
     }
   }
 };
@@ -98,88 +107,157 @@ inline float zero_share(const float* scale, const float* zero, const float* tota
   return rest;
 }
 
+// N floats in the first lanes. (Written to memory one by one and read as a vector, they would be waited for.)
+template <int N>
+inline vl first_lanes(const float* p) {
+#if defined(__AVX512F__)
+  if constexpr (LANES == 16) return (vl)_mm512_maskz_loadu_ps((1 << N) - 1, p);
+#endif
+  vl v = {};
+  for (int l = 0; l < N; ++l) v[l] = p[l];
+  return v;
+}
+
+// Lane l of the result is lane i[l] of v.
+inline vl lookup(vl v, vi i) {
+#ifdef __clang__
+  vl found;
+  for (int l = 0; l < LANES; ++l) found[l] = v[i[l]];
+  return found;
+#else
+  return __builtin_shuffle(v, i);
+#endif
+}
+
+// Element i of the result is the sum of v[i]: halfway for all four at once, as a sum alone takes longer than a short row
+// of weights.
+[[gnu::always_inline]] inline void sums_of_four(const vl* v, float* to) {
+  const auto join = [](vl a, vl b, auto S) {  // lanes where bit S is clear are sums of two lanes of a, the others of b
+    constexpr int s = S;
+    const vi x = (vi)a, y = (vi)b;
+    return (vl)pick(x, y, [](int l) { return l & s ? LANES + l - s : l; }) +
+           (vl)pick(x, y, [](int l) { return l & s ? LANES + l : l + s; });
+  };
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  const vl four = join(join(v[0], v[1], one), join(v[2], v[3], one), two);
+  typedef float v4 __attribute__((vector_size(16)));
+  v4 parts[LANES / 4];
+  std::memcpy(parts, &four, sizeof(vl));
+  for (int i = LANES / 8; i; i /= 2)
+    for (int j = 0; j < i; ++j) parts[j] += parts[j + i];
+  std::memcpy(to, parts, sizeof(v4));
+}
+
 enum class Scales { run, chunk, fine };  // the same for several chunks; for one; several weight scales in a chunk
 
-// M input rows by R output rows: out[m, n] for m < M and n in [first, min(first + R, end)).
+// Rows of a weight from `first` on and their scales, `row` and `groups` apart.
+struct Rows {
+  int64_t first, row, groups;
+  const uint8_t* data;
+  const float* scale;
+  Rows from(int64_t n) const { return {n, row, groups, data + (n - first) * row, scale + (n - first) * groups}; }
+};
+
+// The last rows of a weight and zeros for rows beyond it, so that a vector may end there; `reach` rows behind those that
+// a product reads make it safe in the weight itself.
+template <typename F>
+struct Tail {
+  int64_t reach;
+  Buffer<uint8_t> data;
+  Buffer<float> scale;
+  Rows view;
+  Tail(const Weight& w, const Cut& cut, int64_t most)
+      : reach(std::max<int64_t>(2, (cut.chunks * CHUNK - 1) / (cut.blocks * F::bytes) + 1)),
+        data((reach + 2 * most) * cut.chunks * CHUNK), scale((reach + 2 * most) * w.groups + F::blocks),
+        view{std::max<int64_t>(0, w.n - reach - most), cut.chunks * CHUNK, w.groups, data.at(0), scale.at(0)} {
+    const int64_t bytes = cut.blocks * F::bytes;
+    for (int64_t n = view.first; n < w.n; ++n)
+      std::memcpy(data.at((n - view.first) * view.row), w.data + n * bytes, bytes);
+    std::copy(w.scale + view.first * w.groups, w.scale + w.n * w.groups, scale.at(0));
+  }
+};
+
+// M input rows by R weight rows of `rows`: out[m, n] for m < M and n in [rows.first, min(rows.first + R, end)).
 template <typename F, int M, int R, Scales S>
-void block_product(const Weight& w, const uint8_t* last, const Inputs<F>& x, int64_t row, int64_t first, int64_t end,
-                   float* out) {
+void block_product(const Weight& w, const Rows& rows, const Inputs<F>& x, int64_t row, int64_t end, float* out) {
   const Cut& cut = x.cut;
-  const typename F::Input* q[M];
-  const int32_t* start[M];
-  const float *scale[M], *weight_scale[R];
-  const uint8_t* p[R];
-  for (int m = 0; m < M; ++m) {
-    q[m] = x.q.at((row + m) * cut.chunks * F::inputs);
-    start[m] = x.start.at((row + m) * cut.runs * LANES);
-    scale[m] = x.scale.at((row + m) * cut.runs * LANES);
-  }
-  for (int r = 0; r < R; ++r) {
-    const int64_t n = std::min(first + r, end - 1);
-    p[r] = n + 1 == w.n ? last : w.data + n * cut.blocks * F::bytes;
-    weight_scale[r] = w.scale + n * w.groups;
-  }
+  const int64_t record = x.record, stride = rows.row, chunks = S == Scales::run ? cut.run : 1;
+  const int32_t* first = cut.first.data();
+  const uint8_t *p = rows.data, *q[M];
+  for (int m = 0; m < M; ++m) q[m] = x.row(row + m);
   // The rows of the next call follow these in memory. Fetched in that order, cold weights arrive at the bandwidth of a
-  // plain read; two interleaved streams left to the processor reached 40 % of that.
-  const int64_t ahead = R * cut.blocks * F::bytes + AHEAD;
-  vl total[M][R] = {};
-  for (int64_t c = 0, run = 0, g = 0; c < cut.chunks; ++g) {
-    vl s[R] = {};
-    for (int r = 0; r < R; ++r) {
-      if constexpr (S == Scales::fine) {
-        for (int i = 0; i < F::blocks; ++i) set_block<F>(s[r], i, weight_scale[r][cut.scale_of[c * F::blocks + i]]);
-      } else {
-        s[r] = vl{} + weight_scale[r][g];
+  // plain read; interleaved streams left to the processor reached 40 % of that.
+  const uint8_t* ahead = p + R * stride + AHEAD;
+  vl total[M * R < 4 ? 4 : M * R] = {};
+  for (int64_t run = 0; run < cut.runs; ++run) {
+    vi acc[M][R];
+    for (int m = 0; m < M; ++m) {
+      vi begun = {};
+      if constexpr (F::offset) begun = load<vi>(q[m]), hold(begun);
+      for (int r = 0; r < R; ++r) acc[m][r] = begun;
+    }
+    for (int64_t c = 0; c < chunks; ++c, p += CHUNK) {
+      typename F::Values values[M];
+      for (int m = 0; m < M; ++m) values[m] = F::values(x.chunk(q[m], c));
+      for (int r = 0; r < R; ++r, ahead += CHUNK) {
+        if constexpr (M <= 2) __builtin_prefetch(ahead, 0, 2);
+        const auto weights = F::decode(p + r * stride);
+        for (int m = 0; m < M; ++m) acc[m][r] = F::dot(acc[m][r], weights, values[m]);
       }
     }
-    vl part[M][R] = {};
-    for (const int64_t stop = c + cut.step; c < stop; ++run) {
-      vi acc[M][R];
-      for (int m = 0; m < M; ++m)
-        for (int r = 0; r < R; ++r) acc[m][r] = F::offset ? load<vi>(start[m] + run * LANES) : vi{};
-      for (const int64_t until = c + (S == Scales::run ? cut.run : 1); c < until; ++c)
-        for (int r = 0; r < R; ++r) {
-          if constexpr (M <= 2) __builtin_prefetch(p[0] + ahead + (c * R + r) * CHUNK);
-          const auto weights = F::decode(p[r] + c * CHUNK);
-          for (int m = 0; m < M; ++m) {
-            acc[m][r] = F::dot(acc[m][r], weights, q[m] + c * F::inputs);
-            if constexpr (S != Scales::run)  // at once, while it is in a register
-              part[m][r] += __builtin_convertvector(acc[m][r], vl) * load<vl>(scale[m] + run * LANES);
-          }
-        }
-      if constexpr (S == Scales::run)
-        for (int m = 0; m < M; ++m)
-          for (int r = 0; r < R; ++r)
-            part[m][r] += __builtin_convertvector(acc[m][r], vl) * load<vl>(scale[m] + run * LANES);
-    }
-    for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) total[m][r] += part[m][r] * s[r];
-  }
-  for (int64_t r = 0, n = first; r < R && n < end; ++r, ++n) {
+    vl scales[M];
     for (int m = 0; m < M; ++m) {
-      float y = sum(total[m][r]);
-      if (w.zero) y -= zero_share(weight_scale[r], w.zero + n * w.groups, x.total.at((row + m) * w.groups), w.groups);
-      out[(row + m) * w.n + n] = y + (w.bias ? w.bias[n] : 0.f);
+      scales[m] = load<vl>(q[m] + CHUNK);
+      hold(scales[m]);
+      q[m] += record;
+    }
+    for (int r = 0; r < R; ++r) {
+      const float* const from = rows.scale + r * rows.groups + first[run];
+      vl s;
+      if constexpr (S == Scales::fine) {
+        s = lookup(first_lanes<F::blocks>(from), load<vi>(cut.lane.at(run * LANES)));
+      } else {
+        s = *from - vl{};
+      }
+      for (int m = 0; m < M; ++m)
+        total[m * R + r] += __builtin_convertvector(acc[m][r], vl) * scales[m] * s;
     }
   }
+  float y[M * R < 4 ? 4 : M * R];
+  for (int i = 0; i < M * R; i += 4) sums_of_four(total + i, y + i);
+  for (int64_t r = 0, n = rows.first; r < R && n < end; ++r, ++n)
+    for (int m = 0; m < M; ++m) {
+      if (w.zero)
+        y[m * R + r] -= zero_share(w.scale + n * w.groups, w.zero + n * w.groups, x.total.at((row + m) * w.groups), w.groups);
+      out[(row + m) * w.n + n] = y[m * R + r] + (w.bias ? w.bias[n] : 0.f);
+    }
+}
+
+constexpr int MOST_ROWS = 4;  // weight rows of one `block_product`
+
+// M input rows by the weight rows [from, end).
+template <typename F, int M, Scales S>
+void slab_product(const Weight& w, const Tail<F>& tail, const Inputs<F>& x, int64_t row, int64_t from, int64_t end,
+                  float* out) {
+  constexpr int R = M == 1 ? MOST_ROWS : 2;
+  const Rows whole{0, x.cut.blocks * F::bytes, w.groups, w.data, w.scale};
+  for (int64_t n = from; n < end; n += R)
+    block_product<F, M, R, S>(w, n + R + tail.reach <= w.n ? whole.from(n) : tail.view.from(n), x, row, end, out);
 }
 
 template <typename F, Scales S>
 void product(const Weight& w, const Inputs<F>& x, int64_t m, float* out) {
-  const int64_t bytes = x.cut.blocks * F::bytes, padded = x.cut.chunks * CHUNK;
-  Buffer<uint8_t> last(padded);  // the last row, whose last chunk may end beyond the weight
-  std::memcpy(last.at(0), w.data + (w.n - 1) * bytes, bytes);
-  const int64_t grain = std::max<int64_t>(1, (64 << 10) / bytes), slab = std::max<int64_t>(2, SLAB / bytes & ~1);
+  const int64_t bytes = x.cut.blocks * F::bytes;
+  const Tail<F> tail(w, x.cut, MOST_ROWS);
+  const int64_t grain = std::max<int64_t>(1, (64 << 10) / bytes), slab = std::max<int64_t>(MOST_ROWS, SLAB / bytes / MOST_ROWS * MOST_ROWS);
   at::parallel_for(0, w.n, grain, [&](int64_t begin, int64_t stop) {
     for (int64_t from = begin; from < stop; from += slab) {
       const int64_t end = std::min(from + slab, stop);
       int64_t i = 0;
-      for (; i + 4 <= m; i += 4)
-        for (int64_t n = from; n < end; n += 2) block_product<F, 4, 2, S>(w, last.at(0), x, i, n, end, out);
-      for (; i + 2 <= m; i += 2)
-        for (int64_t n = from; n < end; n += 2) block_product<F, 2, 2, S>(w, last.at(0), x, i, n, end, out);
-      for (; i < m; ++i)
-        for (int64_t n = from; n < end; n += 2) block_product<F, 1, 2, S>(w, last.at(0), x, i, n, end, out);
+      for (; i + 4 <= m; i += 4) slab_product<F, 4, S>(w, tail, x, i, from, end, out);
+      for (; i + 2 <= m; i += 2) slab_product<F, 2, S>(w, tail, x, i, from, end, out);
+      for (; i < m; ++i) slab_product<F, 1, S>(w, tail, x, i, from, end, out);
     }
   });
 }
@@ -193,9 +271,7 @@ void by_blocks(const Weight& w, const at::Tensor& x, int64_t group, int64_t m, a
   at::parallel_for(0, m, std::max<int64_t>(1, (64 << 10) / w.k), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) inputs.round(xf.data + i * w.k, i);
   });
-  const auto run = !cut.scale_of.empty() ? product<F, Scales::fine>
-                   : cut.run > 1         ? product<F, Scales::run>
-                                         : product<F, Scales::chunk>;
+  const auto run = cut.fine ? product<F, Scales::fine> : cut.run > 1 ? product<F, Scales::run> : product<F, Scales::chunk>;
   if (x.scalar_type() == at::kFloat) {
     run(w, inputs, m, out.mutable_data_ptr<float>());
   } else if (m >= GEMM_ROWS) {
@@ -205,7 +281,7 @@ void by_blocks(const Weight& w, const at::Tensor& x, int64_t group, int64_t m, a
   } else {  // a decode step: two calls of ATen would take longer than the conversion
     std::vector<float> wide(m * w.n);
     run(w, inputs, m, wide.data());
-    WITH_REDUCED_TYPE(out, for (int64_t i = 0; i < m * w.n; ++i) to[i] = static_cast<T>(wide[i]));
+    WITH_REDUCED_TYPE(out, narrow(wide.data(), m * w.n, to));
   }
 }
 

@@ -37,6 +37,17 @@ inline vi multiply(vi acc, vc a, vc b) {
 #endif
 }
 
+// Hold a vector in a register. GCC would make it an operand in memory of each instruction that uses it, and load it anew
+// for each: a Zen 4 core loads one vector of 64 bytes a cycle, so that it would wait for its loads.
+template <typename T>
+inline void hold(T& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__AVX2__)
+  asm("" : "+x"(v));
+#endif
+}
+
 // A weight type: bytes of 32 weights, blocks in a chunk, the inputs that meet a chunk, the byte of zero weights and
 // whether these decode to something else. `place` puts the 32 values of block i where the inputs of a chunk are.
 struct Nibbles {
@@ -48,23 +59,29 @@ struct Nibbles {
   struct Operand {
     vc low, high;
   };
+  typedef Operand Values;
   static inline Operand decode(const uint8_t* p) {
-    const vc b = load<vc>(p);
+    vc b = load<vc>(p);
+    hold(b);
     return {b & 15, b >> 4};
+  }
+  static inline Values values(const Input* x) {
+    Values v{load<vc>(x), load<vc>(x + CHUNK)};
+    hold(v.low), hold(v.high);
+    return v;
   }
   static inline void place(const int8_t* q, int64_t i, Input* to) {  // all first halves, then all second halves
     std::memcpy(to + i * 16, q, 16);
     std::memcpy(to + CHUNK + i * 16, q + 16, 16);
   }
-  static inline vi dot(vi acc, const Operand& w, const Input* x) {
-    const vc low = load<vc>(x), high = load<vc>(x + CHUNK);
+  static inline vi dot(vi acc, const Operand& w, const Values& x) {
 #ifdef INT8_AVX2
     // vpmaddubsw adds two products in 16 bits and would saturate: 2 * 15 * 128 = 3840, and two of these 7680 < 32768.
-    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w.low, (__m256i)low),
-                                           _mm256_maddubs_epi16((__m256i)w.high, (__m256i)high));
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w.low, (__m256i)x.low),
+                                           _mm256_maddubs_epi16((__m256i)w.high, (__m256i)x.high));
     return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
-    return multiply(multiply(acc, w.low, low), w.high, high);
+    return multiply(multiply(acc, w.low, x.low), w.high, x.high);
 #endif
   }
 };
@@ -79,13 +96,14 @@ struct Bytes {  // in 16 bits: vpmaddubsw would saturate, as 2 * 128 * 128 = 327
   struct Operand {
     __m256i low, high;
   };
+  typedef Operand Values;
   static inline Operand decode(const uint8_t* p) {
     return {_mm256_cvtepi8_epi16(load<__m128i>(p)), _mm256_cvtepi8_epi16(load<__m128i>(p + 16))};
   }
   static inline void place(const int8_t* q, int64_t, Input* to) { std::copy(q, q + BLOCK, to); }
-  static inline vi dot(vi acc, const Operand& w, const Input* x) {
-    return acc + ((vi)_mm256_madd_epi16(w.low, load<__m256i>(x)) +
-                  (vi)_mm256_madd_epi16(w.high, load<__m256i>(x + 16)));
+  static inline Values values(const Input* x) { return {load<__m256i>(x), load<__m256i>(x + 16)}; }
+  static inline vi dot(vi acc, const Operand& w, const Values& x) {
+    return acc + ((vi)_mm256_madd_epi16(w.low, x.low) + (vi)_mm256_madd_epi16(w.high, x.high));
   }
 };
 #else
@@ -95,10 +113,15 @@ struct Bytes {  // as q + 128
   static constexpr int bytes = 32, scales = 1, blocks = CHUNK / bytes, inputs = CHUNK;
   static constexpr uint8_t zero = 0;
   static constexpr bool offset = true;
-  typedef vc Operand;
+  typedef vc Operand, Values;
   static inline Operand decode(const uint8_t* p) { return load<vc>(p) ^ 0x80; }
+  static inline Values values(const Input* x) {
+    vc v = load<vc>(x);
+    hold(v);
+    return v;
+  }
   static inline void place(const int8_t* q, int64_t i, Input* to) { std::memcpy(to + i * BLOCK, q, BLOCK); }
-  static inline vi dot(vi acc, const Operand& w, const Input* x) { return multiply(acc, w, load<vc>(x)); }
+  static inline vi dot(vi acc, const Operand& w, const Values& x) { return multiply(acc, w, x); }
 };
 #endif
 

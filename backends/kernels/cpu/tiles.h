@@ -105,6 +105,14 @@ inline void store(T* to, F v, int64_t count) {
   }
 }
 
+// Floats to T, each rounded once.
+template <typename T>
+inline void narrow(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load<vf>(from + i), W);
+  for (; i < count; ++i) to[i] = static_cast<T>(from[i]);
+}
+
 // The values of a contiguous tensor of one of the activation types, read and written in float32. A switch at each call
 // costs nothing that can be measured, and a copy of a GEMM for each type would take seconds to compile.
 struct Activations {

@@ -263,23 +263,31 @@ def test_any_strides_and_leading_dimensions() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_nothing_is_read_beyond_the_weight(bits: int) -> None:
-    """The weight ends where the next page may not be read: an odd number of blocks is less than a vector."""
-    page, k, n = mmap.PAGESIZE, 96, 3
-    memory = mmap.mmap(-1, 2 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+@pytest.mark.parametrize("k", [32, 64, 96, 160, 256])
+def test_nothing_is_read_beyond_the_weight(bits: int, k: int) -> None:
+    """Weight and scales end where the next page may not be read; a row may be less than a vector, or end within one."""
+    page = mmap.PAGESIZE
+    ends = [mmap.mmap(-1, 4 * page) for _ in range(2)]
     libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
-    case = layer(bits, 32, n=n, k=k)
-    data = pack_int4(case.q) if bits == 4 else case.q
-    at_the_end = torch.frombuffer(memory, dtype=data.dtype, offset=page - data.numel(), count=data.numel()).view_as(
-        data
-    )
-    at_the_end.copy_(data)
-    for rows in (3, 9):
-        x = seeded(rows, k)
-        check(dynamic_int8_linear(x, at_the_end, case.scale, None, case.bias, 32), case, x, 32)
-    assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 3) == 0
+
+    def allow(access: int) -> None:
+        for memory in ends:
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            assert libc.mprotect(ctypes.c_void_p(start + 3 * page), ctypes.c_size_t(page), access) == 0
+
+    def at_the_end(memory: mmap.mmap, t: Tensor) -> Tensor:
+        placed = torch.frombuffer(memory, dtype=t.dtype, offset=3 * page - t.nbytes, count=t.numel()).view_as(t)
+        return placed.copy_(t)
+
+    allow(0)
+    for n in (1, 5, 30):
+        case = layer(bits, 32, n=n, k=k)
+        data = at_the_end(ends[0], pack_int4(case.q) if bits == 4 else case.q)
+        scale = at_the_end(ends[1], case.scale)
+        for rows in (1, 3, 9):
+            x = seeded(rows, k)
+            check(dynamic_int8_linear(x, data, scale, None, case.bias, 32), case, x, 32)
+    allow(3)
 
 
 @pytest.mark.parametrize("group", [0, 16, 48, -2, 96, 512])
