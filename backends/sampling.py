@@ -69,4 +69,5 @@ def in_parts(logits: Tensor, parts: int) -> Tensor:
     """The argmax of each part, then that of the part with the largest; of equals the first, and NaN above all."""
     largest, place = logits.unflatten(-1, (parts, -1)).max(-1)  # [..., parts]
     part = largest.argmax(-1, keepdim=True)
-    return (part * (logits.shape[-1] // parts) + place.gather(-1, part)).squeeze(-1)
+    chosen: Tensor = part * (logits.shape[-1] // parts) + place.gather(-1, part)
+    return chosen.squeeze(-1)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.recipes [--only default,int4-rtn] [--keep FOLDER] [--part runs|speed]
 
-*Runs*: `optimize` with each recipe in a process of its own, without repair; the original's quality is evaluated once for
-all that ask for the same tasks. *Speed*: the artifacts are timed again, each interleaved with the original, since a
+*Runs*: `optimize` with each recipe in a process of its own, without repair; the original's quality is evaluated once
+for all that ask for the same tasks. *Speed*: the artifacts are timed again, each interleaved with the original, since a
 process that has just evaluated a model shares the machine with whatever else runs during those minutes; the floors on
 speed are judged on these figures. Writes `benchmarks/results/recipes-cpu.json`, and `docs/recipes.md`, which shows it.
 What is not run again keeps its rows.
@@ -50,7 +50,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
 
 def optimize_reference(name: str, folder: str) -> None:
-    """One run, in a process of its own: the artifact (UNGATED where it was refused) and reports in `<folder>/<name>`."""
+    """One run, in a process of its own: artifact (UNGATED where it was refused) and reports in `<folder>/<name>`."""
     out = Path(folder) / name
     result = optimize("reference", name, repair=False, baselines=BaselineCache(Path(folder) / "baselines"))
     result.save(out / "artifact", ungated=True)
@@ -109,7 +109,7 @@ def judged(name: str, row: dict[str, Any], speed: dict[str, Ratio]) -> dict[str,
 def markdown(document: dict[str, Any]) -> str:
     """The result as a table, and a line for each floor that was missed."""
     lines = [
-        "| recipe | verdict | perplexity | answers kept | decode speed-up | TTFT speed-up | size | s to make | s in all |",
+        "| recipe | verdict | perplexity | answers kept | decode speed-up | TTFT speed-up | size | s to make | in all |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     missed = []
@@ -145,10 +145,10 @@ def page(document: dict[str, Any]) -> str:
 
 Every recipe on the built-in model (`python -m benchmarks.recipes`), judged by the floors it ships with. Perplexity a
 byte of held-out code and the answers kept of multiple choice are optimized ÷ original on the same items. Speed-ups are
-those of the artifact over Hugging Face `generate` on the original in bfloat16: batch 1, {WORKLOAD.prompt} tokens in, {WORKLOAD.output} out,
-{REPEATS} interleaved rounds. With 95 % intervals, of which a floor needs the unfavourable end. Size is the weights' after ÷
-before. *To make* are calibration, passes and compilation, *in all* the proof too, less the original's evaluation where
-an earlier run had made it; both on a machine with other work.
+those of the artifact over Hugging Face `generate` on the original in bfloat16: batch 1, {WORKLOAD.prompt} tokens in,
+{WORKLOAD.output} out, {REPEATS} interleaved rounds. With 95 % intervals, of which a floor needs the unfavourable end.
+Size is the weights' after ÷ before. *To make* are calibration, passes and compilation, *in all* the proof too, less the
+original's evaluation where an earlier run had made it; both on a machine with other work.
 
 {markdown(document)}
 

@@ -11,7 +11,7 @@ from optimizer.errors import UsageError
 from optimizer.evals.ceilings import Ceilings
 from optimizer.evals.diagnose import Diagnosis, diagnose
 from optimizer.evals.timing import GenerationTiming
-from optimizer.export_job import ExportedRunner
+from optimizer.export_forms import ExportedRunner
 from optimizer.pipeline import Outcome, original_runner
 from optimizer.progress import Progress
 from optimizer.report import Cost, Report
