@@ -109,7 +109,7 @@ def judged(name: str, row: dict[str, Any], speed: dict[str, Ratio]) -> dict[str,
 def markdown(document: dict[str, Any]) -> str:
     """The result as a table, and a line for each floor that was missed."""
     lines = [
-        "| recipe | verdict | perplexity | answers kept | decode speed-up | TTFT speed-up | size | s to make | in all |",
+        "| recipe | verdict | perplexity | answers kept | decode speed-up | TTFT speed-up | size | to make | in all |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     missed = []
@@ -123,7 +123,7 @@ def markdown(document: dict[str, Any]) -> str:
         cells = [
             "**missed**" if reasons else "passed", _shown(found["perplexity"], 4), _shown(found["recovery"], 3),
             _speedup(found["decode_speedup"]), _speedup(found["ttft_speedup"]), f"{found['weights_ratio']:.2f}×",
-            f"{found['seconds_to_make']:.0f}", f"{found['seconds']:.0f}",
+            f"{found['seconds_to_make']:.0f} s", f"{found['seconds']:.0f} s",
         ]  # fmt: skip
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, *(["", *missed] if missed else [])])
@@ -152,8 +152,8 @@ original's evaluation where an earlier run had made it; both on a machine with o
 
 {markdown(document)}
 
-Where no kernel multiplies a format on this processor, its weights are decoded and its inputs rounded, and the product is
-one of 16 bits: right, and slower than INT8 or INT4. FP8 and the 4-bit floats are for GPUs that have them.
+Where no kernel multiplies a format on this processor, its weights are decoded and its inputs rounded, and the product
+is one of 16 bits: right, and slower than INT8 or INT4. FP8 and the 4-bit floats are for GPUs that have them.
 
 {made}, torch {versions["torch"]}, transformers {versions["transformers"]}, {document["date"]}.
 """

@@ -135,7 +135,8 @@ def require_room(needed: Preflight, work: Path, ram: int, vram: int) -> None:
         if need > free[what] and (free[what] or what == "disk"):
             remedy = "choose another disk" if what == "disk" else "use fewer calibration samples, or a larger machine"
             raise OutputError(
-                f"This job needs about {BYTES.format(need)} of {what}, and {BYTES.format(free[what])} are free: {remedy}"
+                f"This job needs about {BYTES.format(need)} of {what}, of which {BYTES.format(free[what])} are free: "
+                f"{remedy}"
             )
 
 
