@@ -10,7 +10,7 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from benchmarks import gate, peers_cpu, predict, recent_kv, serving_cpu, streaming
+from benchmarks import diagnose, gate, peers_cpu, predict, recent_kv, serving_cpu, streaming
 from benchmarks.decode import markdown
 from benchmarks.gpu import claims
 from optimizer.cli import app
@@ -118,6 +118,23 @@ def test_the_page_on_plans_shows_the_committed_result():
     page = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
     shown = re.search(r"<!-- results -->\n(.*?)<!-- end of results -->", page, re.DOTALL)[1]
     assert shown == predict.markdown(result) + "\n"
+
+
+def test_the_page_on_diagnoses_shows_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/diagnose-cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/diagnose.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- results -->\n(.*?)<!-- end of results -->", page, re.DOTALL)[1]
+    assert shown == diagnose.markdown(result) + "\n"
+
+
+def test_an_error_of_a_predicted_gain_is_over_the_measured_one():
+    row = {"phase": "decode", "name": "n", "passes": [], "predicted": 1.5,
+           "measured": {"median": 2.0, "low": 1.9, "high": 2.1}}  # fmt: skip
+    case = {"case": "c", "workload": {"batch": 1, "prompt": 2, "output": 3}, "rows": [row], "not_carried_out": []}
+    machine = {"device": "d", "cores": 1, "isa": "i"}
+    page = diagnose.markdown({"results": [case], "machine": machine, "versions": {"torch": "2"}, "date": "today"})
+    assert "| decode | n | 1.50× | 2.00× [1.90, 2.10] | -25% |" in page
+    assert "Median error over 1 suggestions: 25%." in page
 
 
 def test_a_missed_error_of_predictions_is_written_down_as_missed():

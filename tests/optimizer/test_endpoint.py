@@ -315,7 +315,7 @@ def test_a_server_that_takes_text_alone_and_ends_streams_without_done(server: Fa
     with pytest.raises(RefusedRequestError, match="prompt must be a string"):
         time_endpoint(endpoint, PROMPTS, Workload(1, 4, 6), repeats=1)
     with pytest.raises(RefusedRequestError, match="--tasks ''"):
-        evaluate_model(EndpointLM(endpoint, small_tokenizer(), max_length=64), TASKS[:1], limit=1)
+        evaluate_model(lambda: EndpointLM(endpoint, small_tokenizer(), max_length=64), TASKS[:1], limit=1)
     server.requests.clear()
     found = time_endpoint(endpoint, ["def f():", "x = 1"], Workload(1, 4, 6), repeats=2, warmup=0)
     assert found.exact
