@@ -46,6 +46,7 @@ from torch.fx import Graph, GraphModule, Node
 from optimizer.backends import kernels
 from optimizer.backends.fusion import LEFT, Fusion, FusionLedger, GraphRecord, Miss, Site, value, where
 from optimizer.backends.kernels.gpu import triton
+from optimizer.backends.kernels.library import introduce_ops
 from optimizer.errors import PassError, UsageError
 
 try:
@@ -135,6 +136,7 @@ class FusedCompiler:
         self, module: GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Any = None
     ) -> Any:
         """Compile a graph of Dynamo's."""
+        introduce_ops()
         before = len(self.fusion.ledger.graphs)
         fix_module_floats(module)
         patches = self.patches(mode, options)

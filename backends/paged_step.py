@@ -26,6 +26,7 @@ from torch import Tensor
 from optimizer.backends.compiled import compile_options
 from optimizer.backends.cuda_graph import GraphedStep
 from optimizer.backends.drafting import Draft
+from optimizer.backends.kernels.library import introduce_ops
 from optimizer.backends.kernels.sampling import sample_tokens
 from optimizer.backends.kv_layout import FEW_TOKENS
 from optimizer.backends.paged_cache import Storage, View
@@ -139,6 +140,8 @@ class Step:
 
     def _run(self) -> tuple[Tensor, Tensor]:
         began = time.perf_counter()
+        if not self._ready and self.runner.compile:
+            introduce_ops()
         with torch.inference_mode(False), torch.no_grad():
             outputs = self.uncaptured() if self._graph is None else self._graph()
         if not self._ready:
