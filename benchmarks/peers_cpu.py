@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks import gemv_cpu
 from benchmarks.decode import RESULTS, commit
 from optimizer.artifact import installed_versions
 from optimizer.backends.compiled import CompiledRunner
@@ -39,6 +40,7 @@ from optimizer.progress import Progress
 from optimizer.recipe import Recipe
 from optimizer.source import load_source, load_tokenizer, reference_folder
 
+RESULT = RESULTS / "peers_cpu.json"
 PEERS = (
     "hf-eager-fp32", "hf-eager-bf16", "torch-compile-fp32", "torch-compile-bf16", "torchao-int8",
     "onnxruntime-genai-int4",
@@ -194,8 +196,8 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(document: dict[str, Any]) -> str:
-    """`docs/cpu.md`."""
+def page(document: dict[str, Any], products: dict[str, Any]) -> str:
+    """`docs/cpu.md`: this benchmark's result, and that of `gemv_cpu`."""
     peers = next(iter(document["models"].values()))["peer_versions"]
     versions = ", ".join(f"{name} {version}" for name, version in peers.items())
     asked = (
@@ -213,7 +215,21 @@ the read bandwidth is that of the whole step. What is asked was set for a proces
 {markdown(document)}
 {machine}, {document["date"]}; theirs:
 {versions}.
+
+## One row by a layer's weights
+
+The share of the read bandwidth that a product with one row reaches, by layer and kind of weight, weights cold
+(`python -m benchmarks.gemv_cpu`): the median against the best plain read of 256 MB in the same run and, in parentheses,
+against the best read of the same round. Inputs rounded to int8 have a scale for 32 values.
+
+{gemv_cpu.markdown(products)}
 """
+
+
+def write_page() -> None:
+    """`docs/cpu.md` from the results that are kept."""
+    peers, products = (json.loads(file.read_text(encoding="utf-8")) for file in (RESULT, gemv_cpu.RESULT))
+    (RESULTS.parents[1] / "docs" / "cpu.md").write_text(page(peers, products), encoding="utf-8")
 
 
 def main() -> None:
@@ -242,10 +258,9 @@ def main() -> None:
                 print(log.read()[-4000:])
                 raise
             document["models"][name] = found
-    out = RESULTS / "peers_cpu.json"
-    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    (RESULTS.parents[1] / "docs" / "cpu.md").write_text(page(document), encoding="utf-8")
-    print(f"{markdown(document)}\nwritten to {out}")
+    RESULT.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_page()
+    print(f"{markdown(document)}\nwritten to {RESULT}")
 
 
 if __name__ == "__main__":

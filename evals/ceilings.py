@@ -228,17 +228,17 @@ def _memory_probes(sizes: Sequence[int], device: torch.device, generator: torch.
     """Reads of the start of one random buffer by four operations, and a copy of its first half over its second."""
     block = torch.rand(min(sizes[-1], MIB) // 4, device=device, generator=generator)
     buffer = block.repeat(-(-sizes[-1] // block.nbytes))[: sizes[-1] // 4]
-    vector = torch.rand(ROW, device=device, generator=generator)
     for size in sizes:
-        for read in _reads(buffer[: size // 4], vector):
+        for read in reads(buffer[: size // 4]):
             yield _Probe(("read", size), size, read)
     half = len(buffer) // 2
     yield _Probe(("copy", sizes[-1]), 8 * half, lambda: buffer[half : 2 * half].copy_(buffer[:half]))
 
 
-def _reads(values: Tensor, vector: Tensor) -> tuple[Callable[[], Tensor], ...]:
-    """Ways to read `values [n]` once; which is the fastest depends on the machine and the size."""
+def reads(values: Tensor) -> tuple[Callable[[], Tensor], ...]:
+    """Ways to read `values [n]` float32 once, n a multiple of 2048. Machine and size decide which is the fastest."""
     matrix, half, integers = values.view(-1, ROW), len(values) // 2, values.view(torch.int64)
+    vector = torch.ones(ROW, device=values.device)
     return (
         lambda: matrix.mv(vector),
         lambda: matrix.sum(1),

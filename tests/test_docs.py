@@ -10,7 +10,7 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from benchmarks import diagnose, gate, peers_cpu, predict, recent_kv, serving_cpu, streaming
+from benchmarks import diagnose, gate, gemv_cpu, peers_cpu, predict, recent_kv, serving_cpu, streaming
 from benchmarks.decode import markdown
 from benchmarks.gpu import claims
 from optimizer.cli import app
@@ -66,8 +66,17 @@ def test_the_readme_shows_the_committed_result():
 
 
 def test_the_page_on_cpus_shows_the_committed_result():
-    result = json.loads((ROOT / "benchmarks/results/peers_cpu.json").read_text(encoding="utf-8"))
-    assert (ROOT / "docs/cpu.md").read_text(encoding="utf-8") == peers_cpu.page(result)
+    peers, products = (json.loads(file.read_text(encoding="utf-8")) for file in (peers_cpu.RESULT, gemv_cpu.RESULT))
+    assert (ROOT / "docs/cpu.md").read_text(encoding="utf-8") == peers_cpu.page(peers, products)
+
+
+def test_products_of_one_row_are_measured_and_a_missed_share_is_written_down_as_missed():
+    rows = gemv_cpu.measure({"o": (64, 128)}, 1, repeats=2, cold_bytes=1, read_bytes=1 << 20)
+    assert [row["kind"] for row in rows] == list(gemv_cpu.KINDS)
+    assert all(row["share_of_best"] > 0 for row in rows)
+    machine = {"device": "d", "cores": 1, "isa": "i", "torch": "2", "date": "today"}
+    rows[0]["share_of_best"] = gemv_cpu.ASKED - 0.01
+    assert "1 thread: 79%, **missed**" in gemv_cpu.markdown({"machine": machine, "rows": rows})
 
 
 def test_the_page_on_the_paged_cache_shows_the_committed_result():

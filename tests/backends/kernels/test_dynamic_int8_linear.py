@@ -198,6 +198,19 @@ def test_sums_of_many_features_do_not_overflow(weight: int, pattern: tuple[int, 
         check(dynamic_int8_linear(*case.args(x[:rows], -1)), case, x[:rows], -1)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_number_of_threads_changes_nothing(bits: int) -> None:
+    case, before, results = layer(bits, 32, n=1030, k=1024), torch.get_num_threads(), []
+    x = seeded(3, 1024)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append([dynamic_int8_linear(*case.args(x[:rows], 32)) for rows in (1, 3)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for got in results[1:] for a, b in zip(results[0], got, strict=True))
+
+
 @pytest.mark.parametrize("group", [32, -1])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_does_not_depend_on_its_batch(bits: int, group: int) -> None:
