@@ -13,7 +13,6 @@ quantized linears are those of `onnx_ops`.
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from optimizer.backends.linear import weight_bytes
 from optimizer.backends.onnx_attention import Attention, Standard, Unfit, candidates
 from optimizer.backends.onnx_ops import kernels, pack_int4, translate
+from optimizer.backends.onnx_weights import Postponed, cast_copy
 from optimizer.errors import ModelError, UsageError
 
 OPSET = 21
@@ -75,7 +75,8 @@ def export(
         ModelError: the architecture cannot be exported; the message names the operator, its module and source line.
     """
     _require_packages()
-    own = float_copy(model, dtype)
+    postponed = Postponed(model, dtype)
+    own = postponed.model
     _check(own)
     translate(own, dtype, dialect=dialect, int8_inputs=int8_inputs)
     step, program, reason = _step_of(own, dtype, dialect)
@@ -83,6 +84,7 @@ def export(
         onnx_program = _converted(program, step.attention)
         if dialect == "tensorrt":
             pack_int4(onnx_program.model.graph)
+        postponed.fill(onnx_program.model.graph)
         onnx_program.save(folder / MODEL_FILE, external_data=True)
     _checked(folder / MODEL_FILE)
     return Exported(
@@ -110,14 +112,7 @@ def float_copy(model: Any, dtype: torch.dtype) -> Any:
 
     Buffers stay as they are: rotary frequencies are float32 in every model, and quantized layers are replaced.
     """
-    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        kept = parameter.detach()
-        kept = kept.to(dtype) if kept.is_floating_point() and kept.element_size() > 1 else kept
-        shared[id(parameter)] = nn.Parameter(kept, requires_grad=False)
-    own = copy.deepcopy(model, shared).cpu().eval()
-    own.config.dtype = dtype
-    return own
+    return cast_copy(model, dtype, lambda parameter: parameter.to(dtype))
 
 
 def _check(model: Any) -> None:

@@ -104,10 +104,16 @@ LEFT = torch.ones(ROWS, ALL, dtype=torch.long)
 LEFT[1, :4] = 0
 
 
-def expected_logits(model: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, logits of PyTorch for the left-padded batch, and the bound: sums of a thousand terms in another order."""
+def expected_logits(model: Any, prompt: int = ALL) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, logits of PyTorch for the left-padded batch, and the bound: sums of a thousand terms in another order.
+
+    The first `prompt` tokens are run at once and the others one by one: frequencies may depend on the length so far.
+    """
     tokens = torch.randint(model.config.vocab_size, (ROWS, ALL), generator=torch.Generator().manual_seed(0))
-    expected = EagerRunner(float_copy(model, torch.float32)).prefill(tokens, LEFT, all_logits=True)
+    runner = EagerRunner(float_copy(model, torch.float32))
+    parts = [runner.prefill(tokens[:, :prompt], LEFT[:, :prompt], all_logits=True)]
+    parts += [runner.decode(tokens[:, step])[:, None] for step in range(prompt, ALL)]
+    expected = torch.cat(parts, 1)
     return tokens, expected, 1e-5 * expected.abs().max()
 
 
@@ -116,7 +122,7 @@ def compare_shared(model: Any, folder: Path) -> Exported:
 
     The mask is what onnxruntime-genai gives: that of the prompt, and a one for every later token.
     """
-    tokens, expected, bound = expected_logits(model)
+    tokens, expected, bound = expected_logits(model, PROMPT)
     exported = export(model, folder)
     assert exported.shared_buffer
     graph = Raw(folder, model, room=ALL + 3)
@@ -283,6 +289,22 @@ def test_a_forward_that_cannot_be_traced_is_a_typed_error(tmp_path: Path) -> Non
     model.model.norm = Branches()
     with pytest.raises(ModelError, match="cannot be traced for ONNX"):
         export(model, tmp_path)
+
+
+def test_a_model_in_another_type_is_written_from_its_own_weights(tmp_path: Path) -> None:
+    """Large weights, tied or not, taken as they are (embedding) and transposed (head, square projections)."""
+    model = made(
+        hf.LlamaForCausalLM, hf.LlamaConfig, vocab_size=1024, hidden_size=1024, num_attention_heads=16,
+        num_key_value_heads=2,
+    ).to(torch.bfloat16)  # fmt: skip
+    export(model, tmp_path, dtype=torch.float16)
+    graph = onnx.load(str(tmp_path / MODEL_FILE)).graph
+    written = [onnx.numpy_helper.to_array(t) for t in graph.initializer if len(t.dims) == 2]
+    layer = model.model.layers[0].self_attn
+    for weight, transposed in ((model.model.embed_tokens, False), (model.lm_head, True), (layer.q_proj, True)):
+        expected = weight.weight.detach().half()
+        expected = (expected.t() if transposed else expected).numpy()
+        assert sum(found.shape == expected.shape and bool((found == expected).all()) for found in written) == 1
 
 
 def test_missing_packages_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
