@@ -105,7 +105,13 @@ def inspect_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> 
     if quantization is not None and not isinstance(quantization, dict):
         raise ModelError(f"{folder}/config.json: quantization_config must be an object, is {quantization!r:.80}")
     with quiet():
-        parsed = load_config(folder, trust_remote_code=trust_remote_code)
+        parsed = load_config(folder, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
+    layers = getattr(parsed, "num_hidden_layers", None)
+    if isinstance(layers, int) and not 1 <= layers <= len(tensors):  # building them could take hours, only to find out
+        raise ModelError(
+            f"{folder}/config.json: num_hidden_layers is {layers}, the files hold {len(tensors)} tensors, and each layer "
+            "has at least one: copy the file from where the weights came from"
+        )
     stored: Counter[str] = Counter()
     for tensor in tensors.values():
         stored[tensor.dtype] += tensor.bytes
@@ -116,7 +122,7 @@ def inspect_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> 
         dtype=stored.most_common(1)[0][0],
         tensors=tensors,
         total_bytes=stored.total(),
-        tied=bool(getattr(parsed.get_text_config(decoder=True), "tie_word_embeddings", False)),
+        tied=bool(getattr(parsed, "tie_word_embeddings", False)),
         has_tokenizer=any((folder / name).is_file() for name in _TOKENIZER_FILES),
         quantization_config=quantization,
         files=tuple(sorted({tensor.file for tensor in tensors.values()})),
@@ -303,10 +309,15 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # each model's config class runs its own arithmetic on the values of the file
-        raise ModelError(
-            f"{folder}/config.json does not describe a model ({type(error).__name__}: {first_line(error)}): "
-            "copy the file from where the weights came from"
-        ) from error
+        raise no_model(folder, error) from error
+
+
+def no_model(folder: Path, error: Exception) -> ModelError:
+    """What is raised where transformers makes no configuration, or no model, of the values in `config.json`."""
+    return ModelError(
+        f"{folder}/config.json does not describe a model ({type(error).__name__}: {first_line(error)}): "
+        "copy the file from where the weights came from"
+    )
 
 
 @contextmanager

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
-from optimizer.inspection import CheckpointInfo
+from optimizer.inspection import CheckpointInfo, no_model
 from optimizer.passes.linearize import checkpoint_names, linearize
 
 
-def empty_model(config: Any, device: torch.device) -> tuple[Any, frozenset[str]]:
-    """The linearized model without data, and the names of layers that its files hold transposed.
+def empty_model(folder: Path, config: Any, device: torch.device) -> tuple[Any, frozenset[str]]:
+    """The linearized model of `folder` without data, and the names of layers that its files hold transposed.
 
-    Buffers that no file holds, such as rotary frequencies, have their values, on `device`.
+    Buffers that no file holds, such as rotary frequencies, have their values, on `device`. Raises `ModelError` where
+    transformers cannot build what the configuration says.
     """
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    try:
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    except Exception as error:  # each model's class looks its own values up, such as the name of an activation
+        raise no_model(folder, error) from error
     transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
     linearize(model)
     for module in model.modules():

@@ -135,7 +135,7 @@ class _Job:
             tokenizer = load_tokenizer(folder) if info.has_tokenizer else None
             if tokenizer is not None:
                 check_tokenizer(tokenizer, config)
-            weights = LazyWeights(info, *empty_model(config, device))
+            weights = LazyWeights(info, *empty_model(folder, config, device))
             _read_generation_config(weights.model, folder)
         ctx = Context(tokenizer=tokenizer, progress=progress.update, scale_dtype=find_layout(recipe.layout).scale_dtype)
         if step.calibrates:
