@@ -138,7 +138,9 @@ def test_the_right_branch_of_a_tree_stands_and_its_keys_are_kept(kv: str | None)
         assert engine.stats.steps <= 1 + -(-39 // 4) + 1
 
 
-@pytest.mark.parametrize(("sampling", "window"), [(None, 0), (DRAWN, 3)], ids=["greedy", "drawn, a narrow window"])
+@pytest.mark.parametrize(
+    ("sampling", "window"), [pytest.param(None, 0, marks=pytest.mark.slow), (DRAWN, 3)], ids=["greedy", "narrow window"]
+)
 def test_trees_are_verified_by_the_compiled_step(sampling: Sampling | None, window: int) -> None:
     """Of several rows, deeper than a window is long; whole graphs, and nothing but prompts runs uncompiled."""
     model = mistral(window=window) if window else MODEL

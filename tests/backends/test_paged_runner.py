@@ -95,7 +95,7 @@ def gemma2(**changes: Any) -> Any:
     return build(hf.Gemma2ForCausalLM, hf.Gemma2Config, LLAMA_LIKE | OF_ITS_OWN | options)
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_capped_scores_and_windows_that_alternate(compile: bool) -> None:
     model = gemma2()
     tokens = small_architectures.tokens(2, 24)

@@ -186,6 +186,7 @@ def test_requests_that_come_go_and_are_put_back_get_the_tokens_they_get_alone() 
         engine.step()
     assert [r.tokens for r in requests] == alone
     assert engine.stats.preemptions > 0
+    assert not any(request.cached for request in requests)
     assert engine.stats.peak_rows == 3
     assert runner.cache.bytes_in_use == 0
 

@@ -348,7 +348,7 @@ def test_every_e4m3_is_decoded(op: Any) -> None:
     """As a value of weight 1 it comes back exactly; NaN, 0x7f and 0xff, is one as a value and as a key."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 256)
     none, scale = torch.zeros(1, 1, 1, 256).to(every.dtype), torch.ones(1, 1, 1)
-    place = (torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), 1.0, 0, 0, *[None] * 4)
+    place = (torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), 1.0, 0.0, 0, 0, *[None] * 6)
     got = op(torch.zeros(1, 1, 256), none, every, scale, scale, *place)
     assert torch.allclose(got.flatten(), every.float().flatten(), rtol=0, atol=0, equal_nan=True)
     for nan in (0x7F, 0xFF):
