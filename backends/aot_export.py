@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.backends.aot_package import PACKAGE, SCHEMA, SIDECAR, PackageRecord, isa_of, sha256_of
+from optimizer.backends.kernels.library import introduce_ops
 from optimizer.backends.linear import weight_bytes
 from optimizer.errors import ModelError, UsageError
 
@@ -140,6 +141,7 @@ def export_package(
     shape = (batch, heads, context, head_dim)
     entries = ("decode", "prefill", "score")[: 3 if scoring else 2]
     began = time.perf_counter()
+    introduce_ops()
     files: dict[str, Any] = {}
     ops: set[str] = set()
     for done, name in enumerate(entries):

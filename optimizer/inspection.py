@@ -109,8 +109,8 @@ def inspect_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> 
     layers = getattr(parsed, "num_hidden_layers", None)
     if isinstance(layers, int) and not 1 <= layers <= len(tensors):  # building them could take hours, only to find out
         raise ModelError(
-            f"{folder}/config.json: num_hidden_layers is {layers}, the files hold {len(tensors)} tensors, and each layer "
-            "has at least one: copy the file from where the weights came from"
+            f"{folder}/config.json: num_hidden_layers is {layers}, the files hold {len(tensors)} tensors, and each "
+            "layer has at least one: copy the file from where the weights came from"
         )
     stored: Counter[str] = Counter()
     for tensor in tensors.values():
