@@ -84,8 +84,7 @@ def export(
         onnx_program = _converted(program, step.attention)
         if dialect == "tensorrt":
             pack_int4(onnx_program.model.graph)
-        postponed.fill(onnx_program.model.graph)
-        onnx_program.save(folder / MODEL_FILE, external_data=True)
+        postponed.save(onnx_program, folder / MODEL_FILE)
     _checked(folder / MODEL_FILE)
     return Exported(
         OPSET, str(dtype).removeprefix("torch."), kernels(own), weight_bytes(own) - _looked_up_bytes(own),

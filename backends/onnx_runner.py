@@ -32,7 +32,8 @@ PROVIDERS = {"cpu": ("CPUExecutionProvider", "onnxruntime"), "cuda": ("CUDAExecu
 class OnnxRunner(BaseRunner):
     """The model of an exported `folder` on `device`: "cpu", "cuda", or "auto" for the best that the runtime has.
 
-    `files` are those that the folder may hold; its own links and paths are checked in any case.
+    `files` are those that the folder may hold; its own links and paths are checked in any case. `rearrange` is that of
+    `open_session`.
 
     Raises:
         DeviceError: ONNX Runtime, or its provider for the device, is not installed; the message says what to install.
@@ -41,7 +42,7 @@ class OnnxRunner(BaseRunner):
 
     def __init__(
         self, folder: Path, tokenizer: Any = None, *, files: Collection[str] | None = None, device: str = "auto",
-        max_context: int | None = None, threads: int | None = None,
+        max_context: int | None = None, threads: int | None = None, rearrange: bool = True,
     ) -> None:  # fmt: skip
         from transformers import AutoConfig
 
@@ -63,7 +64,11 @@ class OnnxRunner(BaseRunner):
         self._context = 0
         self._place = "cpu" if device == "cpu" else "cuda"
         self._session = open_session(
-            folder / MODEL_FILE, device=device, threads=threads, int8_inputs=bool(settings.get("int8_inputs"))
+            folder / MODEL_FILE,
+            device=device,
+            threads=threads,
+            int8_inputs=bool(settings.get("int8_inputs")),
+            rearrange=rearrange,
         )
         _, heads, _, width = self._session.get_inputs()[3].shape
         make = SharedBuffer if settings.get("shared_buffer") else GrowingCache
@@ -190,14 +195,25 @@ def session_options(int8_inputs: bool) -> dict[str, str]:
     }
 
 
-def open_session(file: Path, *, device: str = "auto", threads: int | None = None, int8_inputs: bool = False) -> Any:
-    """A session of ONNX Runtime; DeviceError without it or its provider, ArtifactError for a graph that it refuses."""
+def open_session(
+    file: Path, *, device: str = "auto", threads: int | None = None, int8_inputs: bool = False, rearrange: bool = True
+) -> Any:
+    """A session of ONNX Runtime; DeviceError without it or its provider, ArtifactError for a graph that it refuses.
+
+    Without `rearrange` it runs the graph as it is and reads weights where they lie in the file: slow, and no memory of
+    its own for them.
+    """
     runtime, device = _runtime(device)
     options = runtime.SessionOptions()
     for key, value in session_options(int8_inputs).items():
         options.add_session_config_entry(key, value)
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
+    if not rearrange:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED  # not all casts of weights first
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = False  # what was used is given back
     try:
         return runtime.InferenceSession(str(file), options, providers=[PROVIDERS[device][0]])
     except Exception as error:  # the runtime's own types derive from nothing narrower

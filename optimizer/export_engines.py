@@ -13,17 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from optimizer.artifact import ManifestInfo, SourceRecord, write_artifact
 from optimizer.backends.aot_export import export_package
 from optimizer.backends.aot_package import PackageRecord, load_package
-from optimizer.backends.onnx_export import MODEL_FILE, float_copy
+from optimizer.backends.onnx_export import MODEL_FILE
 from optimizer.backends.tensorrt.build import BuildOptions, build_engines, targets_of
 from optimizer.backends.tensorrt.engine import BuiltEngine, EngineSet, Profile
 from optimizer.backends.tensorrt.provider import Provider, find_provider
 from optimizer.errors import PassError, UsageError
-from optimizer.export_command import BOUND, ENGINES, PACKAGE, rehearse, write_configuration, write_onnx
+from optimizer.export_command import BOUND, ENGINES, PACKAGE, reference, rehearse, write_configuration, write_onnx
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,10 @@ def write_package(
     """
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     bound = {"float32": BOUND["float32"], "float16": BOUND["float16"]}.get(dtype, _BFLOAT16_BOUND)
+    expected = reference(model, dtype, rows=batch, context=context)
     record = export_package(model, folder / PACKAGE, batch=batch, context=context, progress=progress)
     write_configuration(model, tokenizer, folder)
-    difference = rehearse(float_copy(model, torch.float32), load_package(folder / PACKAGE), min(batch, 2))
+    difference = rehearse(expected, load_package(folder / PACKAGE))
     if not difference <= bound:
         raise PassError(
             f"the package does not compute what the model does: logits differ by {difference:.3g} of the largest, and "

@@ -107,7 +107,7 @@ def inspect_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> 
     with quiet():
         parsed = load_config(folder, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
     layers = getattr(parsed, "num_hidden_layers", None)
-    if isinstance(layers, int) and not 1 <= layers <= len(tensors):  # building them could take hours, only to find out
+    if isinstance(layers, int) and layers > len(tensors):  # building them could take hours, only to find out
         raise ModelError(
             f"{folder}/config.json: num_hidden_layers is {layers}, the files hold {len(tensors)} tensors, and each "
             "layer has at least one: copy the file from where the weights came from"

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from optimizer import compare, export_command
 from optimizer.api import load
 from optimizer.artifact import ManifestInfo, SourceRecord, read_manifest, write_artifact
-from optimizer.backends import onnx_runner
-from optimizer.backends.onnx_export import MODEL_FILE, OPSET, float_copy, past_names
+from optimizer.backends import onnx_runner, onnx_weights
+from optimizer.backends.onnx_export import MODEL_FILE, OPSET, Exported, float_copy, past_names
 from optimizer.backends.onnx_runner import OnnxRunner, check_external_data
 from optimizer.backends.runner import EagerRunner
 from optimizer.checkpoint import save_checkpoint
@@ -26,7 +31,7 @@ from optimizer.cli import app
 from optimizer.errors import ArtifactError, DeviceError, OutputError, PassError, UsageError
 from optimizer.evals.runner import Runner
 from optimizer.evals.timing import Workload
-from optimizer.export_command import export_model, genai_config, rehearse
+from optimizer.export_command import Reference, allowed, export_model, genai_config, reference, rehearse
 from optimizer.quant.formats import Format, Scheme
 from optimizer.variants import Options, find_opener
 from tests.optimizer.quantized_models import fresh_llama, quantize
@@ -367,16 +372,56 @@ def test_an_export_cannot_be_exported(copy: Path, tmp_path: Path) -> None:
 
 def test_rehearsal_sees_a_difference(runners: Any) -> None:
     runner, original = runners
-    assert rehearse(original.model, runner) <= 1e-5
-    assert rehearse(float_copy(fresh_llama(layers=1, seed=3), torch.float32), runner) > 0.1
+    assert rehearse(reference(original.model, "float32"), runner) <= 1e-5
+    assert rehearse(reference(fresh_llama(layers=1, seed=3), "float32"), runner) > 0.1
 
 
-@pytest.mark.parametrize(("own", "allowed"), [(0.01, 0.05), (0.05, 0.1), (0.4, 0.15), (float("nan"), 0.05)])
-def test_the_bound_of_a_sensitive_model_is_measured_and_limited(
-    own: float, allowed: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export_command, "rehearse", lambda *_: own)
-    assert export_command._sensitive_bound(fresh_llama(layers=1), 0.05) == pytest.approx(allowed)
+@pytest.mark.parametrize(("own", "bound"), [(0.01, 0.05), (0.05, 0.1), (0.4, 0.15), (float("nan"), 0.05)])
+def test_the_bound_of_a_sensitive_model_is_measured_and_limited(own: float, bound: float) -> None:
+    expected = Reference(torch.zeros(1, 8), torch.ones(1, 8), (), own)
+    exported = Exported(OPSET, "float16", {"layer": "int8-channel × int8-token"}, 1)
+    assert allowed(exported, expected) == pytest.approx(bound)
+    assert allowed(replace(exported, kernels={"layer": "MatMul"}), expected) == export_command.BOUND["float16"]
+
+
+def test_a_reference_in_float32_is_that_of_a_model_cast_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_weights, "LARGE", 1)
+    model = fresh_llama(layers=1, seed=3).to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    late = reference(model, "float32")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    whole = reference(float_copy(model, torch.float32), "float32")
+    assert all(torch.equal(a, b) for a, b in zip(late.logits, whole.logits, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_model_of_a_billion_parameters_takes_little_more_than_its_size(dtype: str, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=32,
+        num_key_value_heads=4, max_position_embeddings=2048,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.copy_(torch.randn_like(tensor) * 0.02)
+    model.save_pretrained(tmp_path / "large")
+    byte_tokenizer().save_pretrained(tmp_path / "large")
+    size = sum(p.numel() for p in model.parameters()) * (2 if dtype == "float16" else 4)
+    del model
+    command = [sys.executable, "-c", "from optimizer.cli import main; main()", "export", str(tmp_path / "large")]
+    child = subprocess.Popen([*command, "--dtype", dtype, "--out", str(tmp_path / "out"), "--quiet"])
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    assert usage.ru_maxrss * 1024 < 2.2 * size  # libraries and all
+
+
+def test_a_large_graph_is_checked_as_it_lies_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_command, "LARGE", 0)
+    made = export_model("reference", tmp_path / "large")
+    assert made.difference <= 1e-5
 
 
 def test_eval_and_bench_take_an_export(folders: Any) -> None:
